@@ -1,0 +1,506 @@
+"""ClickHouse's HTTP interface on top of chDB, in a process of its own: a server for the tests.
+
+chDB is the ClickHouse engine as a library. This program puts the HTTP interface back in front
+of it, so that clickhouse-connect, curl and our own programs talk to it as to any server. Since it
+is a process, a test can kill it with SIGKILL and start it again on the same path.
+
+    python tests/clickhouse_http.py PATH [--port N] [--user NAME] [--password WORD] [--users JSON]
+
+Tests use the class ClickHouseProcess at the end of this file.
+
+Each request gets an engine connection of its own, which costs 0.2 ms. This is what keeps the
+settings of one query from leaking into the next, and what lets queries run side by side. The price
+is that a session remembers nothing: SET and temporary tables end with their request.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import signal
+import subprocess
+import sys
+import uuid
+import zlib
+from base64 import b64decode
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import quote
+from xml.sax.saxutils import escape
+
+import lz4.frame
+from tornado.httpserver import HTTPServer
+from tornado.iostream import StreamClosedError
+from tornado.netutil import bind_sockets
+from tornado.web import Application, RequestHandler
+
+try:
+    from compression import zstd  # Python 3.14 has it
+except ImportError:
+    from backports import zstd
+
+# fmt: off
+# URL parameters that speak to the HTTP interface; every other one is a setting of the engine.
+NOT_SETTINGS = {
+    "buffer_size", "client_protocol_version", "close_session", "compress", "database", "decompress",
+    "default_format", "password", "query", "query_id", "quota_key", "role", "session_check",
+    "session_id", "session_timeout", "stacktrace", "user", "wait_end_of_query",
+}
+
+# The HTTP status that ClickHouse gives to an error code, where it is not 500.
+STATUS = {
+    400: (6, 8, 15, 25, 26, 27, 36, 37, 38, 41, 44, 53, 62, 72, 117, 123, 167, 168, 223, 321, 376,
+          427, 441, 675, 676),
+    403: (192, 193, 497, 512, 516),
+    404: (46, 47, 50, 56, 60, 63, 73, 78, 81, 115, 152, 336, 511),
+    408: (159,),
+    501: (48,),
+    503: (76, 209, 439),
+}
+# fmt: on
+STATUS_OF = {code: status for status, codes in STATUS.items() for code in codes}
+
+# `INSERT INTO table (columns) SETTINGS ... FORMAT name`, after which the body is data, not SQL.
+INSERT = re.compile(
+    rb"\s*(INSERT\s+INTO\s+(?:TABLE\s+)?[^\s(]+\s*(?:\([^)]*\))?(?:\s*SETTINGS\s.*?)?)"
+    rb"\s+FORMAT\s+(\w+)[ \t]*\n?",
+    re.IGNORECASE | re.DOTALL,
+)
+# What can hide a semicolon or a keyword: strings, quoted names, comments.
+QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|`[^`]*`|\"[^\"]*\"|--[^\n]*|/\*.*?\*/", re.DOTALL)
+READS = re.compile(r"\s*\(*\s*(SELECT|WITH|SHOW|DESC|DESCRIBE|EXISTS|EXPLAIN)\b", re.IGNORECASE)
+
+# The engine has no setting for a query id. This one is text, and without effect here (it belongs
+# to engines for message queues): it carries our mark, by which a running query is found again.
+MARK = "stream_like_engine_insert_queue"
+
+
+class Failure(Exception):
+    """An error as ClickHouse words it, with its code."""
+
+    def __init__(self, code, message):
+        super().__init__(message)
+        self.code = code
+
+
+def failure_from(error):
+    """Turn what chDB raises into a Failure; the engine sometimes wraps its own text in itself."""
+    text = str(error)
+    found = re.search(r"(Code: (\d+)\. DB::Exception: )(?:\1)?(.*)", text, re.DOTALL)
+    if not found:
+        return Failure(1002, text)
+    message = re.sub(r" \(version [\d.]+\)\. \([A-Z_]+\)$", "", found[3].strip())
+    return Failure(int(found[2]), message)
+
+
+def literal(text):
+    """Write a text as a string of SQL."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def decompress(encoding, body):
+    """Undo Content-Encoding; clickhouse-connect sends one compressed frame after the other."""
+    start = {
+        "lz4": lz4.frame.LZ4FrameDecompressor,
+        "zstd": zstd.ZstdDecompressor,
+        "gzip": lambda: zlib.decompressobj(31),
+    }.get(encoding)
+    if start is None:
+        raise Failure(48, f"Unknown compression method: {encoding}. (NOT_IMPLEMENTED)")
+    parts = []
+    while body:
+        frame = start()
+        parts.append(frame.decompress(body))
+        if not frame.eof:
+            raise Failure(
+                33, "Cannot read all data: compressed body is cut. (CANNOT_READ_ALL_DATA)"
+            )
+        body = frame.unused_data
+    return b"".join(parts)
+
+
+def summary(read_rows, read_bytes, written_rows, written_bytes, seconds):
+    """The statistics of a query as ClickHouse tells them in a header: all numbers are strings."""
+    numbers = {
+        "read_rows": read_rows,
+        "read_bytes": read_bytes,
+        "written_rows": written_rows,
+        "written_bytes": written_bytes,
+        "total_rows_to_read": 0,
+        "result_rows": written_rows,
+        "result_bytes": written_bytes,
+        "elapsed_ns": int(seconds * 1e9),
+    }
+    return {name: str(number) for name, number in numbers.items()}
+
+
+# --- The engine -----------------------------------------------------------------------------------
+# chDB cannot keep users: it has no place to write them, and CREATE USER says so. It does read roles
+# from a configuration file. So each of our users is a role, the engine's only user has no rights
+# but these roles, and a request runs after SET ROLE with its user's role alone. The rights are then
+# checked by the engine itself.
+
+
+class Engine:
+    """The chDB engine of this process, with its users."""
+
+    def __init__(self, path, users):
+        import chdb  # here, so that a test that imports ClickHouseProcess does not load the engine
+
+        path.mkdir(parents=True, exist_ok=True)
+        self.users = {name: {"settings": {}} | data for name, data in users.items()}
+        self._connect, self._path = chdb.connect, str(path)
+        # The engine lives as long as a connection is open, so this one stays open.
+        self._keep = chdb.connect(f"{path}?config-file={self._write_config(path)}")
+        version, self.timezone = (
+            self._keep.query("SELECT version(), timezone()", "TSV").data().split()
+        )
+        self.version = f"{version} (official build)"
+
+    def _write_config(self, path):
+        def grants(texts):
+            queries = "".join(f"<query>GRANT {escape(text)}</query>" for text in texts)
+            return f"<grants>{queries}</grants>"
+
+        roles = "".join(f"<{u}>{grants(d['grants'])}</{u}>" for u, d in self.users.items())
+        (path / "users.xml").write_text(
+            "<clickhouse><profiles><default/></profiles><quotas><default/></quotas>"
+            "<users><default><password/><networks><ip>::/0</ip></networks>"
+            f"<profile>default</profile><quota>default</quota>{grants(self.users)}</default></users>"
+            f"<roles>{roles}</roles></clickhouse>"
+        )
+        config = path / "config.xml"
+        users_config = escape(str(path / "users.xml"))
+        config.write_text(f"<clickhouse><users_config>{users_config}</users_config></clickhouse>")
+        return config
+
+    def run(self, user, mark, database, settings, sql, data, output_format, params):
+        """Run one statement, in a worker thread; return the result's bytes and the statistics."""
+        connection = self._connect(self._path)
+        try:
+            connection.query(f"SET ROLE `{user}`")
+            # The second and third of these are what chDB sets otherwise than a server does.
+            own = {MARK: mark, "implicit_select": 0, "allow_introspection_functions": 0}
+            for group in (own | self.users[user]["settings"], settings):
+                if group:
+                    pairs = (f"{name} = {literal(str(value))}" for name, value in group.items())
+                    connection.query("SET " + ", ".join(pairs))
+            if database:
+                connection.query("USE `" + database.replace("`", "\\`") + "`")
+            if data is None:
+                result = connection.query(sql, output_format, params=params)
+                return result.bytes(), summary(
+                    *(result.rows_read(), result.bytes_read()),
+                    *(result.rows_written(), result.bytes_written()),
+                    result.elapsed(),
+                )
+            # chDB wants the format of the data beside the statement, not in it.
+            insert = connection.send_insert(sql, output_format)
+            insert.append(data)
+            done = insert.finish()
+            return b"", summary(0, 0, done.rows_written, done.bytes_written, done.elapsed)
+        except Exception as error:
+            failure = failure_from(error)
+            # For the engine, whoever asks is its user `default`.
+            text = re.sub(r"^default: ", f"{user}: ", str(failure))
+            raise Failure(failure.code, text) from None
+        finally:
+            connection.close()
+
+    def cancel(self, condition="1"):
+        """Kill the running queries that fulfil a condition on system.processes."""
+        connection = self._connect(self._path)
+        connection.query(f"KILL QUERY WHERE {condition} ASYNC")
+        connection.close()
+
+    def close(self):
+        self._keep.close()
+
+
+# --- The HTTP interface ---------------------------------------------------------------------------
+
+
+class PingHandler(RequestHandler):
+    """What load balancers ask: the server is there."""
+
+    def get(self):
+        self.finish("Ok.\n")
+
+
+class QueryHandler(RequestHandler):
+    """One statement in, one result out, or an error in ClickHouse's own form."""
+
+    def initialize(self, engine, workers, sessions):
+        self.engine, self.workers, self.sessions = engine, workers, sessions
+        self.cancelled_with_client = False
+
+    def prepare(self):
+        self.mark = str(uuid.uuid4())
+        arguments = dict(self.request.query_arguments)
+        # clickhouse-connect sends long parameters as fields of a form, which are worth the same.
+        # Any other body is SQL or data, even where curl claims that it is a form.
+        self.is_form = self.request.headers.get("Content-Type", "").startswith("multipart/")
+        if self.is_form:
+            arguments |= self.request.body_arguments
+        self.urlparams = {name: values[-1].decode() for name, values in arguments.items()}
+        self.set_header("X-ClickHouse-Query-Id", self.urlparams.get("query_id") or self.mark)
+        self.set_header("X-ClickHouse-Server-Display-Name", "localhost")
+        self.set_header("X-ClickHouse-Timezone", self.engine.timezone)
+
+    async def get(self):
+        if "query" not in self.urlparams:
+            self.finish("Ok.\n")
+        else:
+            await self.answer()
+
+    async def post(self):
+        await self.answer()
+
+    async def answer(self):
+        session = None
+        try:
+            user = self.authenticate()
+            session = self.take_session(user)
+            await self.run(user)
+        except Failure as failure:
+            self.set_status(STATUS_OF.get(failure.code, 500))
+            self.set_header("Content-Type", "text/plain; charset=UTF-8")
+            self.set_header("X-ClickHouse-Exception-Code", failure.code)
+            version = self.engine.version
+            self.finish(f"Code: {failure.code}. DB::Exception: {failure} (version {version})\n")
+        except StreamClosedError:
+            pass  # the client is gone, and nobody is left to be told
+        finally:
+            self.sessions.discard(session)
+
+    def authenticate(self):
+        """Find the user; name and password come in any of the three ways that ClickHouse knows."""
+        headers = self.request.headers
+        if headers.get("Authorization", "").startswith("Basic "):
+            user, _, password = b64decode(headers["Authorization"][6:]).decode().partition(":")
+        else:
+            user = headers.get("X-ClickHouse-User") or self.urlparams.get("user") or "default"
+            password = headers.get("X-ClickHouse-Key") or self.urlparams.get("password") or ""
+        if self.engine.users.get(user, {}).get("password") != password:
+            raise Failure(
+                516,
+                f"{user}: Authentication failed: password is incorrect, or there is no user with"
+                " such name. (AUTHENTICATION_FAILED)",
+            )
+        return user
+
+    def take_session(self, user):
+        """Enter the session that the client names, if any; it serves one query at a time."""
+        name = self.urlparams.get("session_id")
+        if (user, name) in self.sessions:
+            raise Failure(
+                373, f"Session {name} is locked by a concurrent client. (SESSION_IS_LOCKED)"
+            )
+        if name:
+            self.sessions.add((user, name))
+        return user, name
+
+    def statement(self):
+        """Split the request into SQL, the data that follows an INSERT (or None), and its format."""
+        body = b"" if self.is_form else self.request.body
+        encoding = self.request.headers.get("Content-Encoding")
+        if body and encoding:
+            body = decompress(encoding, body)
+        # ClickHouse reads the query parameter and the body as one text.
+        query = self.urlparams.get("query", "").encode()
+        body = query + b"\n" + body if query and body else query + body
+        insert = INSERT.match(body)
+        if insert:
+            return insert[1].decode(), body[insert.end() :], insert[2].decode()
+        return body.decode(errors="replace"), None, None
+
+    async def run(self, user):
+        """Have the engine run the statement, and send its result."""
+        sql, data, output_format = self.statement()
+        bare = QUOTED.sub(" ", sql)
+        if re.search(r";\s*[^\s;]", bare):
+            raise Failure(62, "Syntax error: Multi-statements are not allowed. (SYNTAX_ERROR)")
+        if re.search(r"\bINTO\s+OUTFILE\b", bare, re.IGNORECASE):
+            raise Failure(358, "INTO OUTFILE is not allowed. (INTO_OUTFILE_NOT_ALLOWED)")
+        reads = bool(READS.match(bare))
+        named = re.search(r"\bFORMAT\s+(\w+)\s*;?\s*$", bare, re.IGNORECASE)
+        if data is None:
+            output_format = (
+                self.request.headers.get("X-ClickHouse-Format")
+                or self.urlparams.get("default_format")
+                or "TabSeparated"
+            )
+        settings, params = {}, {}
+        for name, value in self.urlparams.items():
+            if name.startswith("param_"):
+                params[name[6:]] = value
+            elif name not in NOT_SETTINGS:
+                settings[name] = value
+        # A GET must change nothing, so ClickHouse makes it read-only.
+        if self.request.method == "GET" and "readonly" not in self.engine.users[user]["settings"]:
+            settings.setdefault("readonly", "2")
+        database = self.urlparams.get("database") or self.request.headers.get(
+            "X-ClickHouse-Database"
+        )
+
+        cancel = settings.get("cancel_http_readonly_queries_on_client_close")
+        self.cancelled_with_client = reads and cancel in ("1", "true")
+        answer, statistics = await asyncio.get_running_loop().run_in_executor(
+            self.workers,
+            self.engine.run,
+            *(user, self.mark, database, settings, sql, data, output_format, params),
+        )
+        self.cancelled_with_client = False
+
+        self.set_header("X-ClickHouse-Summary", json.dumps(statistics))
+        if reads:
+            self.set_header("X-ClickHouse-Format", named[1] if named else output_format)
+        await self.send(answer)
+
+    async def send(self, answer):
+        """Send the answer in chunks, as ClickHouse does: its length is not told beforehand."""
+        accepted = self.request.headers.get("Accept-Encoding", "")
+        if self.urlparams.get("enable_http_compression") == "1" and "lz4" in accepted:
+            self.set_header("Content-Encoding", "lz4")
+            answer = lz4.frame.compress(answer)
+        self.set_header("Content-Type", "text/tab-separated-values; charset=UTF-8")
+        for start in range(0, len(answer) or 1, 1 << 20):
+            self.write(answer[start : start + (1 << 20)])
+            await self.flush()
+        await self.finish()
+
+    def on_connection_close(self):
+        if self.cancelled_with_client:
+            condition = f"Settings['{MARK}'] = '{self.mark}'"
+            self.workers.submit(self.engine.cancel, condition)
+
+
+def make_app(engine, workers):
+    """The routes, as a table."""
+    parts = {"engine": engine, "workers": workers, "sessions": set()}
+    return Application(
+        [(r"/ping", PingHandler), (r"/", QueryHandler, parts)],
+        log_function=lambda handler: None,
+    )
+
+
+async def serve(path, port, users):
+    """Serve until SIGTERM or SIGINT."""
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    engine = Engine(path, users)
+    workers = ThreadPoolExecutor(64)
+    server = HTTPServer(
+        make_app(engine, workers),
+        max_body_size=1 << 30,
+        max_buffer_size=1 << 30,
+        idle_connection_timeout=10,  # ClickHouse's keep_alive_timeout
+    )
+    # Tornado's bind_sockets sets SO_REUSEADDR: a server that was killed gets its port back at once.
+    sockets = bind_sockets(port, "127.0.0.1")
+    server.add_sockets(sockets)
+    print("ready", sockets[0].getsockname()[1], flush=True)
+    await ended.wait()
+    server.stop()
+    await server.close_all_connections()
+    engine.cancel()
+    workers.shutdown()
+    engine.close()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("path", type=Path, help="where the engine keeps its data")
+    parser.add_argument("--port", type=int, default=0, help="0 means any that is free")
+    parser.add_argument("--user", default="admin", help="a user who may do everything")
+    parser.add_argument("--password", default="admin1234")
+    parser.add_argument(
+        "--users",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="users with fewer rights: {name: {password, grants: [text after GRANT], settings}}",
+    )
+    args = parser.parse_args()
+    admin = {"password": args.password, "grants": ["ALL ON *.* WITH GRANT OPTION"]}
+    asyncio.run(serve(args.path.resolve(), args.port, {args.user: admin} | args.users))
+
+
+# --- For the tests --------------------------------------------------------------------------------
+
+
+class ClickHouseProcess:
+    """A server process that a test starts, kills and starts again; it keeps its path and port.
+
+    users: {"viewer": {"password": "...", "grants": ["SELECT ON test.*"], "settings": {}}}
+    """
+
+    user, password = "admin", "admin1234"
+
+    def __init__(self, path, port=0, users=None):
+        self.path, self.port, self.users = Path(path), port, users or {}
+        self.process = None
+
+    @property
+    def dsn(self):
+        """The admin's DSN, with the database `test`, which a test has to create first."""
+        return self.dsn_of("test")
+
+    def dsn_of(self, database="", user=None, password=None, port=None):
+        """A DSN with another database (or none), another user, or the port of a proxy."""
+        user, password = user or self.user, password or self.users.get(user, {}).get("password")
+        login = f"{quote(user, safe='')}:{quote(password or self.password, safe='')}"
+        return f"clickhouse://{login}@127.0.0.1:{port or self.port}/{database}"
+
+    def start(self):
+        """Start, and return as soon as it answers."""
+        options = {"port": self.port, "user": self.user, "password": self.password}
+        command = [sys.executable, __file__, str(self.path), "--users", json.dumps(self.users)]
+        command += [f"--{name}={value}" for name, value in options.items()]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        line = self.process.stdout.readline().split()
+        if line[:1] != ["ready"]:
+            self.kill()
+            raise RuntimeError("the ClickHouse server of the tests did not start")
+        self.port = int(line[1])
+        return self
+
+    def kill(self):
+        """End it as a crash would: SIGKILL."""
+        self._end(signal.SIGKILL)
+
+    def stop(self):
+        """End it as an administrator would, and return its status."""
+        return self._end(signal.SIGTERM)
+
+    def pause(self):
+        """Let it hang: connections open, nothing is answered."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self):
+        self.process.send_signal(signal.SIGCONT)
+
+    def _end(self, number):
+        if self.process is None:
+            return None
+        process, self.process = self.process, None
+        process.send_signal(number)
+        process.send_signal(signal.SIGCONT)  # a paused process would not notice SIGTERM
+        try:
+            return process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+        finally:
+            process.stdout.close()
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *error):
+        self.stop()
+
+
+if __name__ == "__main__":
+    main()

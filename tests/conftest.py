@@ -1,0 +1,268 @@
+"""Fixtures that start real processes: ClickHouse over HTTP, the two scripts, and viewers."""
+
+import asyncio
+import collections
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from pathlib import Path
+
+import clickhouse_connect
+import perspective
+import pyarrow
+import pytest
+from clickhouse_http import ClickHouseProcess
+from tornado.httpclient import HTTPRequest
+from tornado.websocket import websocket_connect
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = ["timestamp", "ticker", "client", "open", "high", "low", "close", "volume", "date"]
+
+
+def free_port():
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(check, seconds=10, what=None):
+    """Call `check` until it returns something true, and return that; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        result = check()
+        if result:
+            return result
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {seconds} s: {what or check}")
+        time.sleep(0.05)
+
+
+class Script:
+    """One of the scripts as a process of its own; `lines` is what it has printed so far."""
+
+    def __init__(self, name, *arguments, env=None):
+        self.lines = []
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / name), *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}),
+        )
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    @property
+    def output(self):
+        return "\n".join(self.lines)
+
+    def wait_for(self, text, seconds=10):
+        """Wait until `text` has been printed."""
+        wait_until(lambda: text in self.output, seconds, f"{text!r} in\n{self.output}")
+
+    def wait(self, seconds=60):
+        """Wait for the end; returns the exit status."""
+        status = self.process.wait(seconds)
+        self.reader.join()
+        self.process.stdout.close()
+        return status
+
+    def stop(self, number=signal.SIGTERM, seconds=3):
+        """Send a signal; returns the exit status, which must come in time."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.wait(seconds)
+
+    def kill(self):
+        self.process.kill()
+        self.wait()
+
+
+class Server(Script):
+    """perspective_server.py as a process, on a port of its own."""
+
+    def __init__(self, *arguments, port=None, env=None):
+        self.port = port or free_port()
+        self.url = f"http://localhost:{self.port}"
+        super().__init__("perspective_server.py", "--port", self.port, *arguments, env=env)
+        self.wait_for("open http://")
+
+    def get(self, path, headers=None):
+        """GET a path; returns (status, headers, body)."""
+        request = urllib.request.Request(self.url + path, headers=headers or {})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return answer.status, answer.headers, answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.headers, error.read()
+
+    def health(self):
+        return json.loads(self.get("/healthz")[2])
+
+    def wait_for_rows(self, rows, seconds=20):
+        wait_until(lambda: self.health()["rows"] == rows, seconds, f"{rows} rows")
+
+    def wait_for_delivered(self, rows, seconds=20):
+        wait_until(
+            lambda: self.health()["delivered"] >= rows, seconds, f"{rows} rows in {self.health()}"
+        )
+
+
+class Viewer:
+    """A Perspective client on a real websocket, with an event loop in a thread of its own."""
+
+    def __init__(self, url, path="/websocket", headers=None):
+        self.address = "ws" + url.removeprefix("http") + path
+        self.headers = headers or {}
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.closed = threading.Event()
+        try:
+            self.run(self._connect())
+        except BaseException:
+            self._end_loop()
+            raise
+
+    def run(self, coroutine, seconds=30):
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(seconds)
+
+    async def _connect(self):
+        request = HTTPRequest(self.address, headers=self.headers)
+        self.socket = await websocket_connect(request, max_message_size=1 << 30)
+
+        async def send(message):
+            await self.socket.write_message(bytes(message), binary=True)
+
+        self.client = perspective.AsyncClient(send)
+        self.reading = asyncio.ensure_future(self._read())
+
+    async def _read(self):
+        while (message := await self.socket.read_message()) is not None:
+            if isinstance(message, bytes):
+                await self.client.handle_response(message)
+        self.closed.set()
+
+    def table(self, name="stock_values"):
+        return self.run(self.client.open_table(name))
+
+    def rows(self, **config):
+        """All rows of the live table, as a Counter of tuples in the order of COLUMNS."""
+
+        async def read():
+            table = await self.client.open_table("stock_values")
+            view = await table.view(**config)
+            arrow = await view.to_arrow()
+            await view.delete()
+            return arrow
+
+        return counted(pyarrow.ipc.open_stream(self.run(read())).read_all())
+
+    def close(self):
+        if self.thread.is_alive():
+            self.loop.call_soon_threadsafe(self.socket.close)
+            self.closed.wait(5)
+            self._end_loop()
+
+    def _end_loop(self):
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def counted(table):
+    """An Arrow table of ticks as a Counter of tuples; times in milliseconds, dates in days."""
+    columns = []
+    for name in COLUMNS:
+        column = table.column(name)
+        if name == "timestamp":
+            column = column.cast(pyarrow.timestamp("ms")).cast(pyarrow.int64())
+        elif name == "date":
+            kind = pyarrow.uint16() if column.type == pyarrow.uint16() else pyarrow.int32()
+            column = column.cast(kind)
+        elif name in ("ticker", "client"):
+            column = column.cast(pyarrow.string())
+        columns.append(column.to_pylist())
+    return collections.Counter(zip(*columns, strict=True))
+
+
+class Database:
+    """A database of its own on the ClickHouse of the test run."""
+
+    def __init__(self, process):
+        self.process = process
+        self.name = f"test_{uuid.uuid4().hex[:8]}"
+        self.dsn = process.dsn_of(self.name)
+
+    def connect(self):
+        return clickhouse_connect.get_client(dsn=self.process.dsn_of(), compress=False)
+
+    def command(self, sql):
+        """Run SQL in which `stock_values` is named without its database."""
+        with contextlib.closing(self.connect()) as client:
+            return client.command(sql.replace("stock_values", f"{self.name}.stock_values"))
+
+    def rows(self, order=""):
+        """All rows of stock_values as ClickHouse has them; see `counted`."""
+        with contextlib.closing(self.connect()) as client:
+            sql = f"SELECT {', '.join(COLUMNS)} FROM {self.name}.stock_values {order}"
+            return counted(client.query_arrow(sql))
+
+    def count(self):
+        return int(self.command("SELECT count() FROM stock_values"))
+
+
+@pytest.fixture(scope="session")
+def clickhouse(tmp_path_factory):
+    """A ClickHouse over HTTP, in a process of its own, for the whole run."""
+    with ClickHouseProcess(tmp_path_factory.mktemp("clickhouse")) as process:
+        yield process
+
+
+@pytest.fixture
+def database(clickhouse):
+    """A database name that no other test uses; the producer creates it."""
+    made = Database(clickhouse)
+    yield made
+    with contextlib.closing(made.connect()) as client:
+        client.command(f"DROP DATABASE IF EXISTS {made.name}")
+
+
+@pytest.fixture
+def start():
+    """Starts scripts and viewers that are ended after the test: start(Server, ...)."""
+    started = []
+
+    def begin(kind, *arguments, **options):
+        thing = kind(*arguments, **options)
+        started.append(thing)
+        return thing
+
+    yield begin
+    for thing in reversed(started):
+        if isinstance(thing, Viewer):
+            thing.close()
+        elif thing.process.poll() is None:
+            thing.kill()
