@@ -7,23 +7,29 @@ This file owns the table `stock_values`: its name, its columns and how to reach 
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import time
 import uuid
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import clickhouse_connect
 import numpy as np
 from clickhouse_connect.driver.binding import quote_identifier
-from clickhouse_connect.driver.exceptions import DataError
+from clickhouse_connect.driver.exceptions import DataError, ProgrammingError
 
 # ---------------------------------------------------------------------------------------------
 # The table. The schema is written here, once, as SQL; everything downstream reads it from the
 # Arrow stream that ClickHouse answers.
 
 DEFAULT_DSN = "clickhouse://admin:admin1234@localhost:8123/test"
+DSN_FORM = "clickhouse://user:password@host:port/database"
+DSN_OPTIONS = (  # of clickhouse-connect, behind a question mark; the timeouts are whole seconds
+    "connect_timeout send_receive_timeout verify ca_cert client_cert client_cert_key tls_mode"
+    " server_host_name proxy_path http_proxy https_proxy client_name compress"
+)
 TABLE = "stock_values"
 COLUMNS = {
     "timestamp": "DateTime64(3, 'UTC')",
@@ -36,12 +42,13 @@ COLUMNS = {
     "volume": "UInt32",
     "date": "Date",
 }
-# Block numbers and offsets that survive merges are the server's cursor; the deduplication window
-# is what makes it harmless to send the same batch twice.
+# Block numbers and offsets that survive merges are the server's cursor. The deduplication window
+# is what makes it harmless to send the same batch twice, as long as no more inserts than this, of
+# all producers together, came in between. ClickHouse keeps some 60 bytes for each.
 SETTINGS = {
     "enable_block_number_column": 1,
     "enable_block_offset_column": 1,
-    "non_replicated_deduplication_window": 1000,
+    "non_replicated_deduplication_window": 100_000,
 }
 QUERY_TIMEOUT = 30  # seconds
 
@@ -58,10 +65,19 @@ def split_dsn(dsn):
     """
     parts = urlsplit(dsn)
     if parts.scheme == "chdb":  # embedded: the path of a chdb DSN is a folder, no database
+        if parts.netloc and (parts.netloc, parts.path) != ("memory", ""):
+            raise ValueError("expected chdb:///folder or chdb://memory")
         return dsn, "test"
-    if parts.scheme != "clickhouse" or not parts.hostname or parts.port == 0:
-        raise ValueError("expected clickhouse://user:password@host:port/database")
-    return parts._replace(path="").geturl(), parts.path.strip("/") or "test"
+    database = unquote(parts.path.strip("/")) or "test"
+    if parts.scheme != "clickhouse" or not parts.hostname or parts.port == 0 or "/" in database:
+        raise ValueError(f"expected {DSN_FORM}")
+    # Behind an unquoted / ? or # of the password; what is before it would pass for host and port.
+    if "@" in parts.path + parts.query + parts.fragment:
+        raise ValueError("expected the password's special characters as %XX")
+    for name, value in parse_qsl(parts.query, keep_blank_values=True, strict_parsing=True):
+        if name not in DSN_OPTIONS.split() or ("_timeout" in name and int(value) <= 0):
+            raise ValueError(f"expected options out of {DSN_OPTIONS}")
+    return parts._replace(path="").geturl(), database
 
 
 def connect(dsn):
@@ -84,8 +100,11 @@ def full_name(database):
     return f"{quote_identifier(database)}.{TABLE}"
 
 
-def check_table(client, database):
-    """Whether the table is there. Raises TableMismatch if it is there, but not as written above."""
+def check_table(client, database, to_write=False):
+    """Whether the table is there. Raises TableMismatch if it is there, but not as written above.
+
+    Who only reads does without the deduplication window.
+    """
     key = {"database": database, "table": TABLE}
     found = client.query(
         "SELECT engine, partition_key, engine_full FROM system.tables"
@@ -107,15 +126,14 @@ def check_table(client, database):
         wrong.append(f"engine {engine}")
     if partition_key:
         wrong.append(f"PARTITION BY {partition_key}")
-    wrong += [
-        f"no {name}"
-        for name in SETTINGS
-        if name.startswith("enable_") and f"{name} = 1" not in engine_full
-    ]
+    for name in SETTINGS:  # replicated tables have a deduplication window of their own by default
+        needed = "enable_" in name or (to_write and engine == "MergeTree")
+        if needed and not re.search(rf"\b{name} = '?(true|[1-9])", engine_full):
+            wrong.append(f"no {name}")
     if wrong:
         raise TableMismatch(
-            f"table {database}.{TABLE} does not fit ({', '.join(sorted(wrong))}): rename it, name"
-            " another database in the DSN, or replace it with `python producer.py --reset`"
+            f"table {database}.{TABLE} does not fit: rename it, name another database in the DSN,"
+            f" or replace it with `python producer.py --reset` ({', '.join(sorted(wrong))})"
         )
     return True
 
@@ -129,14 +147,14 @@ def create_table(client, database, reset=False):
         client.command(f"CREATE DATABASE IF NOT EXISTS {quote_identifier(database)}")
     if reset:
         client.command(f"DROP TABLE IF EXISTS {full_name(database)} SYNC")
-    if not check_table(client, database):
+    if not check_table(client, database, to_write=True):
         columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
         settings = ", ".join(f"{name} = {value}" for name, value in SETTINGS.items())
         client.command(
             f"CREATE TABLE IF NOT EXISTS {full_name(database)} ({columns})"
             f" ENGINE = MergeTree ORDER BY (timestamp, ticker) SETTINGS {settings}"
         )
-        check_table(client, database)  # someone else may have been faster
+        check_table(client, database, to_write=True)  # someone else may have been faster
 
 
 # ---------------------------------------------------------------------------------------------
@@ -165,6 +183,11 @@ PULL = 1e-5  # share of the way home that a tick goes: deviations stay near 5 %
 DAY_MS = 86_400_000
 
 
+def cents(prices):
+    """Prices in whole cents, and never nothing."""
+    return np.maximum(np.round(prices, 2), 0.01)
+
+
 class Market:
     """Thirteen prices that walk. The same seed draws the same ticks."""
 
@@ -174,7 +197,7 @@ class Market:
         self.clients = np.array(CLIENTS, dtype=object)
         self.home = np.log(list(LEVELS.values()))
         self.price = self.home.copy()  # logarithms, unrounded: rounding must not stop the walk
-        self.close = np.round(np.exp(self.price), 2)
+        self.close = cents(np.exp(self.price))
 
     def draw(self, rows, start_ms, span_ms):
         """Draw `rows` ticks spread over [start_ms, start_ms + span_ms), oldest first.
@@ -194,13 +217,13 @@ class Market:
             if not len(mine):
                 continue
             path = self.price[i] + np.cumsum(moves[mine])
-            closes[mine] = np.maximum(np.round(np.exp(path), 2), 0.01)
+            closes[mine] = cents(np.exp(path))
             opens[mine] = np.append(self.close[i], closes[mine[:-1]])
             self.price[i] = path[-1] + (self.home[i] - path[-1]) * min(1, PULL * len(mine))
             self.close[i] = closes[mine[-1]]
         # Rounding keeps the order of numbers, so high and low stay outside of open and close.
-        highs = np.round(np.maximum(opens, closes) * spread[0], 2)
-        lows = np.maximum(np.round(np.minimum(opens, closes) / spread[1], 2), 0.01)
+        highs = cents(np.maximum(opens, closes) * spread[0])
+        lows = cents(np.minimum(opens, closes) / spread[1])
         return [
             times.tolist(),  # plain ints: what clickhouse-connect takes for DateTime64 and Date
             self.tickers[ticker],
@@ -218,7 +241,9 @@ class Market:
 
 FATAL = {
     16: "the table lacks a column",  # the numbers are ClickHouse's, see system.errors
+    44: "the table computes a column",
     53: "the table has another type",
+    115: "this ClickHouse is too old",
     164: "the user may only read",
     192: "unknown user",
     193: "wrong password",
@@ -226,15 +251,18 @@ FATAL = {
     497: "the user lacks a right",
     516: "wrong user or password",
 }
+# What the driver or Python refuses before anything is sent: chdb not installed, a senseless option.
+HOPELESS = (TableMismatch, DataError, ProgrammingError, ImportError, TypeError)
 LONGEST_PAUSE = 5  # seconds between two attempts
 
 
 def reason(error):
     """One line that says what went wrong, without the driver's trailers."""
-    text = str(error).strip() or type(error).__name__
-    if "Max retries exceeded" in text or "Connection refused" in text:
-        return "no answer"
-    return text.splitlines()[0][:200]
+    # urllib3 keeps why there is no connection in `reason`, at the end of a long sentence.
+    cause = str(getattr(error.__cause__, "reason", None) or "").rpartition(": ")[2]
+    text = cause or str(error).strip() or type(error).__name__
+    text = text.partition("server response: ")[2] or text
+    return re.split(r" \(version | executing HTTP request|\n", text)[0][:500]
 
 
 def is_fatal(error):
@@ -275,21 +303,26 @@ class Producer:
                 self.client.close()
 
     def produce(self):
-        name, behind = uuid.uuid4().hex, False
-        due, number = time.time(), 0
-        while number != self.batches and not self.stop.wait(due - time.time()):
-            late = time.time() - due
+        name, behind, number = uuid.uuid4().hex, False, 0
+        # The pace is kept by the monotonic clock, which nobody can set. `epoch` is what the
+        # wall clock shows when that one is at zero: it changes when somebody sets the wall clock.
+        due, epoch = time.monotonic(), time.time() - time.monotonic()
+        while number != self.batches and not self.stop.wait(due - time.monotonic()):
+            late = time.monotonic() - due
+            if abs(time.time() - time.monotonic() - epoch) > 0.1:
+                epoch = time.time() - time.monotonic()
             if behind != (late > max(self.interval, 1)):
                 behind = not behind
                 self.say(f"behind by {late:.1f} s: catching up" if behind else "caught up")
             span_ms = self.interval * 1000
-            batch = self.market.draw(self.batch_rows, round(due * 1000 - span_ms), span_ms)
+            start_ms = round((epoch + due) * 1000 - span_ms)
+            batch = self.market.draw(self.batch_rows, start_ms, span_ms)
             attempts = self.until_it_works(self.insert, batch, f"{name}-{number}")
             if not attempts:
                 return
             self.rows, number = self.rows + self.batch_rows, number + 1
             # Slow inserts are caught up with; an outage is a pause of the market.
-            due = time.time() if attempts > 1 else due + self.interval
+            due = time.monotonic() if attempts > 1 else due + self.interval
 
     def open(self):
         self.client = connect(self.dsn)
@@ -317,7 +350,7 @@ class Producer:
         while True:
             try:
                 step(*arguments)
-            except (TableMismatch, DataError, TypeError):
+            except HOPELESS:
                 raise
             except Exception as error:
                 if is_fatal(error):
@@ -344,6 +377,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaint is one line."""
 
     def error(self, message):
+        message = re.sub(r"//\S*@", "//user:password@", message)  # a DSN without --dsn before it
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
@@ -363,13 +397,22 @@ def count(text):
     return value
 
 
+def whole(text):
+    """A seed, for argparse: a whole number, and numpy wants none below 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 up")
+    return value
+
+
 def dsn(text):
     """A DSN, for argparse. The complaint does not repeat it: there may be a password in it."""
     try:
         split_dsn(text)
     except ValueError:
+        options = f", of the options {DSN_OPTIONS}" if "?" in text else ""
         raise argparse.ArgumentTypeError(
-            "it does not parse, expected clickhouse://user:password@host:port/database"
+            f"it does not parse, expected {DSN_FORM} with %XX for special characters{options}"
         ) from None
     return text
 
@@ -388,7 +431,7 @@ def where(dsn):
     """The DSN's host and database, for people: no user, no password."""
     parts = urlsplit(dsn)
     if parts.scheme == "chdb":
-        return f"the embedded engine in {parts.path}"
+        return f"the embedded engine in {unquote(parts.path) or 'memory'}"
     return f"{parts.hostname}:{parts.port or 8123}, database {split_dsn(dsn)[1]}"
 
 
@@ -399,7 +442,7 @@ def main(argv=None):
     parser.add_argument("--interval", type=seconds, default=0.25, help="seconds between batches")
     parser.add_argument("--rows", type=count, default=250, help="ticks in a batch")
     parser.add_argument("--batches", type=count, help="stop after so many (default: never)")
-    parser.add_argument("--seed", type=int, help="draw the same ticks again")
+    parser.add_argument("--seed", type=whole, help="draw the same ticks again")
     parser.add_argument("--reset", action="store_true", help="drop the table and its rows first")
     options = vars(parser.parse_args(argv))
 
@@ -407,8 +450,12 @@ def main(argv=None):
     logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL)
     terminal = sys.stdout.isatty()
 
-    def say(text):
-        print(f"\r\x1b[K{text}" if terminal else text, flush=True)
+    def say(text, end="\n"):
+        try:
+            print(f"\r\x1b[K{text}" if terminal else text, end=end, flush=True)
+        except OSError:  # nobody reads on, as in `producer.py | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            producer.stop.set()
 
     producer = Producer(**options, say=say)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -425,16 +472,15 @@ def main(argv=None):
         if now - shown >= every:
             rate = producer.rows / (now - started)
             line = f"{producer.rows:,} rows, {rate:,.0f} rows a second"
-            print(f"\r\x1b[K{line}" if terminal else line, end="" if terminal else "\n", flush=True)
+            say(line, end="" if terminal else "\n")
             shown = now
-    worker.join(2)  # the batch in hand
+    worker.join(1.5)  # the batch in hand
 
-    if producer.error:
-        say(f"{producer.rows:,} rows written")
-        print(f"producer.py: {explain(producer.error)}", file=sys.stderr)
-        return 1
     lost = ", the last batch was not confirmed" if producer.unconfirmed else ""
     say(f"{producer.rows:,} rows written{lost}")
+    if producer.error:
+        print(f"producer.py: {explain(producer.error)}", file=sys.stderr)
+        return 1
     return 0
 
 
