@@ -9,6 +9,7 @@ import asyncio
 import base64
 import collections
 import contextlib
+import functools
 import hashlib
 import ipaddress
 import logging
@@ -19,13 +20,16 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
 import perspective
+from clickhouse_connect.driver.binding import format_str, quote_identifier
 from perspective.handlers.tornado import PerspectiveTornadoHandler
+from perspective.virtual_servers import VirtualServerHandler
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamBufferFullError
 from tornado.netutil import bind_sockets
@@ -51,7 +55,8 @@ class Mark(NamedTuple):
     """What metadata says of the table at one moment."""
 
     table_id: str  # another one: the table was recreated
-    changes: tuple  # (newest mutation, mutations not done yet); another one: rows were rewritten
+    mutations: tuple  # (the newest, how many are not done yet); another one: rows were rewritten
+    patch: int  # block number of the newest patch part, which is what a lightweight UPDATE writes
     head: int  # number of the newest insert block
     rows: int  # rows in all active parts
 
@@ -66,13 +71,17 @@ SELECT
      FROM system.tables WHERE database = {database:String} AND name = {table:String}),
     (SELECT (max(toUInt64OrZero(extract(mutation_id, '[0-9]+'))), countIf(NOT is_done))
      FROM system.mutations WHERE database = {database:String} AND table = {table:String}),
+    maxIf(max_block_number, startsWith(name, 'patch-')),
     max(max_block_number),
-    sum(rows)
+    sumIf(rows, NOT startsWith(name, 'patch-'))
 FROM system.parts
 WHERE active AND database = {database:String} AND table = {table:String}
 """
 LATE_MS = 600_000  # rows stamped up to ten minutes back are found by the primary key
 ARROW = {"output_format_arrow_low_cardinality_as_dictionary": 1}
+ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+GONE = {60, 81, 218}  # ClickHouse's errors for a table or database that was dropped meanwhile
+QUIET = 60  # seconds without a change, after which the next one is worth a line in the log
 
 
 class Tail:
@@ -90,12 +99,13 @@ class Tail:
         self.stop = threading.Event()
         self.client = self.table = self.mark = self.error = None
         self.since = 0  # ms: rows stamped before need the slow way
-        self.clickhouse, self.said = "down", None
+        self.clickhouse, self.said = "down", (None, None)
         self.rows = self.delivered = 0
         self.lag_ms = self.poll_ms = None
-        self.began = time.monotonic()  # of the last poll
-        self.arrivals = collections.deque([(time.monotonic(), 0)], maxlen=1000)
-        self.reloaded = False
+        self.due = time.monotonic()  # when the poll under way, or else the next one, had to begin
+        self.arrivals = collections.deque()  # (when, rows) of the last `span` seconds
+        self.span = max(5, 2 * interval)
+        self.changed = -QUIET  # when rows were last changed by something other than an insert
 
     def poll(self):
         """Bring the Perspective table up to date. Returns "up" or "no table"; may raise anything.
@@ -108,11 +118,8 @@ class Tail:
         mark = self.read_mark()
         if mark.table_id is None:
             return "no table"
-        if mark != self.mark:
-            appended = self.append(mark)
-            if not appended:
-                self.reload(mark)
-            self.reloaded = not appended
+        if mark != self.mark and not self.append(mark):
+            self.reload(mark)
         self.since = int(now_ms) - LATE_MS
         return "up"
 
@@ -126,7 +133,7 @@ class Tail:
         Returns False if that would not make the live table agree with ClickHouse.
         """
         old = self.mark
-        if old is None or mark[:2] != old[:2] or mark.head <= old.head:
+        if old is None or mark[:3] != old[:3] or mark.head <= old.head:
             return False
         blocks = f"_block_number > {old.head} AND _block_number <= {mark.head}"
         # The bound on the timestamp lets the primary key skip everything older. If the count
@@ -150,14 +157,13 @@ class Tail:
             self.hand_over(self.table.update, arrow)
             self.delivered += min(came, self.limit)
             self.lag_ms = round(time.time() * 1000 - newest)
-            self.arrivals.append((time.monotonic(), min(came, self.limit)))
+            self.count_arrival(min(came, self.limit))
         self.mark = mark
         return True
 
     def reload(self, mark):
         """Make the newest rows by timestamp the content of the Perspective table."""
-        if self.mark is None or mark.table_id != self.mark.table_id:
-            producer.check_table(self.client, self.database)
+        producer.check_table(self.client, self.database)
         columns = ", ".join(COLUMNS)
         window = self.read(
             f"SELECT {columns} FROM"
@@ -168,18 +174,19 @@ class Tail:
         if self.table is None:
             self.table = self.perspective.table(window, name=TABLE, limit=self.limit)
             self.rows = self.table.size()
-            log.info("%s rows shown of %s.%s", f"{self.rows:,}", self.database, TABLE)
         else:
             self.hand_over(self.table.replace, window)
-            if not self.reloaded:
-                log.info("the table was changed: its newest %s rows read anew", f"{self.rows:,}")
+            self.tell_change()
         self.delivered += self.rows
         self.mark = mark
 
     def read(self, sql):
         """Rows as the bytes of one Arrow stream: none of them becomes a Python object."""
         settings = ARROW | {"max_execution_time": QUERY_TIMEOUT}
-        return self.client.raw_query(sql, fmt="ArrowStream", settings=settings)
+        arrow = self.client.raw_query(sql, fmt="ArrowStream", settings=settings)
+        if not arrow.endswith(ARROW_END):  # it failed after it had begun to answer, with status 200
+            raise OSError("an answer was cut short")
+        return arrow
 
     def hand_over(self, change, arrow):
         # If Perspective fails half-way, only a fresh window is sure to be right: no cursor then.
@@ -191,7 +198,7 @@ class Tail:
         """Poll until stopped, whatever happens; after failures with growing pauses."""
         pause = 0
         while not self.stop.is_set():
-            self.began = time.monotonic()
+            began = self.due = time.monotonic()
             error = None
             try:
                 state = self.poll()
@@ -201,32 +208,49 @@ class Tail:
                     self.error = error
                     break
             except Exception as failure:
-                state, error = "down", failure
+                state = "no table" if getattr(failure, "code", None) in GONE else "down"
+                error = failure
                 self.close()
-            took = time.monotonic() - self.began
+            took = time.monotonic() - began
             self.poll_ms = round(took * 1000, 1)
             self.tell(state, error)
             if state == "up":
-                pause = 0
+                # A long poll is followed by a rest: Perspective has viewers to answer, too.
+                pause, wait = 0, max(self.interval - took, took / 2)
             elif producer.is_fatal(error):
-                pause = LONGEST_PAUSE
+                wait = pause = LONGEST_PAUSE
             else:
-                pause = min(max(2 * pause, self.interval), LONGEST_PAUSE)
-            self.stop.wait(pause or max(0, self.interval - took))
+                wait = pause = min(max(2 * pause, self.interval), LONGEST_PAUSE)
+            self.due = time.monotonic() + wait
+            self.stop.wait(wait)
         self.close()
 
     def tell(self, state, error):
-        """Log a change of state, once."""
-        said, self.said = self.said, (state, error.code if producer.is_fatal(error) else None)
+        """Log a change of state, once. The same state for another reason is a change only if the
+        reason is one that somebody has to put right."""
+        mismatch = isinstance(error, TableMismatch)
+        said = (state, error.code if producer.is_fatal(error) else mismatch)
         self.clickhouse = state
         if said == self.said:
             return
-        if state == "down":
+        if state == "up":
+            news = {"down": "ClickHouse is back", "no table": "the table is there"}
+            news = news.get(self.said[0], "connected")
+            log.info("%s: %s rows shown", news, f"{self.rows:,}")
+        elif state == "down":
             log.warning("ClickHouse is away, trying again: %s", producer.explain(error))
-        elif state == "no table":
-            log.warning(error or f"no table {self.database}.{TABLE} yet: start producer.py")
-        elif said and said[0] == "down":
-            log.info("ClickHouse is back")
+        elif mismatch:
+            log.warning("%s", error)
+        else:
+            log.warning("no table %s.%s: waiting for producer.py", self.database, TABLE)
+        self.said = said
+
+    def tell_change(self):
+        """Log that rows were changed; once, if that goes on, as it does with rows that expire."""
+        now = time.monotonic()
+        if self.clickhouse == "up" and now - self.changed > QUIET:
+            log.info("the table was changed: its newest %s rows read anew", f"{self.rows:,}")
+        self.changed = now
 
     def close(self):
         if self.client is not None:
@@ -234,14 +258,19 @@ class Tail:
                 self.client.close()
             self.client = None
 
-    def rows_per_second(self, seconds=5):
+    def count_arrival(self, rows):
         now = time.monotonic()
-        arrivals = [(when, rows) for when, rows in list(self.arrivals) if when > now - seconds]
-        return round(sum(rows for _, rows in arrivals) / seconds)
+        self.arrivals.append((now, rows))
+        while self.arrivals[0][0] < now - self.span:
+            self.arrivals.popleft()
+
+    def rows_per_second(self):
+        since = time.monotonic() - self.span
+        return round(sum(rows for when, rows in list(self.arrivals) if when > since) / self.span)
 
     def health(self):
         """What /healthz says, without the viewers."""
-        stuck = time.monotonic() - self.began > self.interval + 2 * LONGEST_PAUSE
+        stuck = time.monotonic() - self.due > 2 * LONGEST_PAUSE
         return {
             "clickhouse": "down" if stuck else self.clickhouse,
             "table": TABLE,
@@ -330,6 +359,13 @@ def field(number, value):
     if isinstance(value, int):
         return varint(number << 3) + varint(value)
     return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def refusal(message, text):
+    """Perspective's error as the answer to a message that is well formed."""
+    asked = dict(fields(message))
+    head = field(1, asked.get(1, 0)) + field(2, asked.get(2, b""))
+    return head + field(SERVER_ERROR, field(1, text.encode()))
 
 
 class Guard:
@@ -436,14 +472,15 @@ LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 class Hub:
-    """What the handlers share: the tail, the Perspective server, and the viewers that are there.
+    """What the handlers share: tail, archive, Perspective server, and the viewers that are there.
 
     `address` is where the server listens; `origins` are the pages that may connect besides the
     server's own, with "null" for a page from disk.
     """
 
-    def __init__(self, tail, perspective_server, address, origins):
-        self.tail, self.perspective_server = tail, perspective_server
+    def __init__(self, tail, archive, perspective_server, address, origins):
+        self.tail, self.archive = tail, archive
+        self.perspective_server = perspective_server
         self.origins = set(origins)
         self.hosts = LOOPBACK | {address} | {urlsplit(origin).hostname for origin in origins}
         self.everywhere = address in ("", "0.0.0.0", "::")
@@ -573,10 +610,11 @@ class Viewer(Ours, PerspectiveTornadoHandler):
         self.lane, self.written = asyncio.Lock(), None
         self.guard = Guard(self.hub.owners)
         loop = asyncio.get_running_loop()
-        self.session = self.hub.perspective_server.new_session(
-            lambda answer: loop.call_soon_threadsafe(self.send, answer)
-        )
+        self.session = self.new_session(lambda answer: loop.call_soon_threadsafe(self.send, answer))
         self.hub.viewers.add(self)
+
+    def new_session(self, answer):
+        return self.hub.perspective_server.new_session(answer)
 
     async def on_message(self, message):
         if not isinstance(message, bytes):
@@ -613,6 +651,608 @@ class Viewer(Ours, PerspectiveTornadoHandler):
             await loop.run_in_executor(self.executor, self.session.close)
 
 
+# ---------------------------------------------------------------------------------------------
+# History. The live table is a window; all the ticks are in ClickHouse. /history is a second
+# Perspective endpoint, whose views ClickHouse computes. Perspective calls that a virtual server: it
+# asks a handler to make a view, and then for the view's size, schema and rows. A grouped view is
+# one query: its answer is kept in a Perspective engine apart from the live one, and size, schema
+# and rows are read from there. A view without groups is asked for page by page.
+#
+# Viewers write expressions, and expressions become SQL. So nothing is passed on as text: they are
+# taken apart into tokens, and put together again from the columns of this one table, literals,
+# operators and the functions below. No token can name another table, a setting, a subquery or a
+# second statement. What the limits below stop is said in ERRORS.
+
+HISTORY = f"{TABLE}_history"
+HISTORY_QUERIES = 3  # at once; the others wait their turn
+HISTORY_LIMITS = {
+    "max_execution_time": 20,  # seconds
+    "max_memory_usage": 4 << 30,  # bytes
+    "max_rows_to_read": 10**11,
+    "max_rows_to_group_by": 10**6,
+    "max_result_rows": 100_000,
+    "max_result_bytes": 256 << 20,
+    "group_by_use_nulls": 1,  # the names of a total are null
+    "output_format_arrow_low_cardinality_as_dictionary": 1,
+    "output_format_arrow_compression_method": "none",  # a virtual server's reader knows no other
+}
+ERRORS = {
+    158: "too many rows or groups: filter, or group by less",
+    159: "it took ClickHouse longer than 20 seconds: filter, or group by less",
+    241: "it took ClickHouse too much memory: filter, or group by less",
+    396: "the answer has more than 100,000 rows: filter, or group by less",
+    394: "cancelled",
+}
+
+UNKNOWN_IDENTIFIER = 47
+
+# Two ticks may share a millisecond: the insert block and the place in it say which came first. As
+# one wide number, since comparing tuples takes five times as long.
+STAMP = "toUnixTimestamp64Milli(t.timestamp)"
+ARRIVAL = f"toInt128({STAMP}) * {10**18} + t._block_number * {10**9} + t._block_offset"
+AGGREGATES = {
+    "count": "toFloat64(count())",
+    "uniqExact": "toFloat64(uniqExact({0}))",
+    "any": "any({0})",
+    "min": "min({0})",
+    "max": "max({0})",
+    "first": "argMin({0}, {arrival})",
+    "last": "argMax({0}, {arrival})",
+}
+NUMBER_AGGREGATES = AGGREGATES | {
+    "sum": "sum(toFloat64({0}))",
+    "avg": "avg({0})",
+    "median": "quantileExactInclusive(0.5)({0})",
+    "stddevPop": "stddevPop(toFloat64({0}))",
+    "varPop": "varPop(toFloat64({0}))",
+}
+FILTERS = {
+    "==": "{0} = {1}",
+    "!=": "{0} != {1}",
+    ">": "{0} > {1}",
+    ">=": "{0} >= {1}",
+    "<": "{0} < {1}",
+    "<=": "{0} <= {1}",
+    "in": "{0} IN ({1})",
+    "not in": "{0} NOT IN ({1})",
+    "is null": "{0} IS NULL",
+    "is not null": "{0} IS NOT NULL",
+}
+TEXT_FILTERS = FILTERS | {
+    "begins with": "startsWith({0}, {1})",
+    "ends with": "endsWith({0}, {1})",
+    "contains": "position({0}, {1}) > 0",
+    "LIKE": "{0} LIKE {1}",
+}
+FUNCTIONS = """
+    abs ceil exp floor greatest least log log10 log2 pow round sign sqrt trunc if coalesce
+    concat empty endsWith length lower position replaceAll reverse startsWith substring upper
+    toDate toFloat64 toInt32 toString toYear toQuarter toMonth toDayOfMonth toDayOfWeek toHour
+    toMinute toSecond toStartOfSecond toStartOfMinute toStartOfHour toStartOfDay toStartOfWeek
+    toStartOfMonth toStartOfInterval toIntervalSecond toIntervalMinute toIntervalHour
+    toIntervalDay dateDiff
+"""
+WORDS = " and or not in is null like between case when then else end true false "
+TOKEN = re.compile(
+    r"""\s*(?:
+        (?P<number>\d+(\.\d+)?([eE][+-]?\d+)?(?![\w.]))
+      | (?P<text>'[^'\\]*')
+      | "(?P<column>[^"]*)"
+      | (?P<operator>\|\||[<>=!]=|<>|[-+*/%<>=(),])
+      | (?P<word>[A-Za-z]\w*)(?P<call>\s*\()?
+    )\s*""",
+    re.VERBOSE,
+)
+
+
+def column_sql(name):
+    if name not in COLUMNS:
+        raise Refused(f"there is no column {name}")
+    return f"t.{quote_identifier(name)}"
+
+
+def expression_sql(text):
+    """Put a viewer's expression together again from what is known to be harmless.
+
+    Raises Refused with a sentence for the person who wrote it.
+    """
+    sql, at = [], 0
+    while at < len(text):
+        token = TOKEN.match(text, at)
+        if not token:
+            raise Refused(f"not understood: {text[at : at + 30]}")
+        at, word, call = token.end(), token["word"], token["call"] or ""
+        if token["column"] is not None:
+            sql.append(column_sql(token["column"]))
+        elif word is None:
+            sql.append(token["number"] or token["text"] or token["operator"])
+        elif (call and word in FUNCTIONS.split()) or word.lower() in WORDS.split():
+            sql.append(word + call)
+        elif call:
+            raise Refused(f"{word} is none of: {', '.join(FUNCTIONS.split())}")
+        else:
+            sql.append(column_sql(word))
+    return " ".join(sql)
+
+
+def bare(kind):
+    """A ClickHouse type without what wraps it and without its arguments."""
+    while kind.startswith(("Nullable(", "LowCardinality(")):
+        kind = kind[kind.index("(") + 1 : -1]
+    return kind.partition("(")[0]
+
+
+def perspective_type(kind):
+    """The type that Perspective has for a ClickHouse type: wide numbers are floats."""
+    kind = bare(kind)
+    if kind in ("Date", "Date32", "DateTime", "DateTime64"):
+        return "date" if kind.startswith("Date3") or kind == "Date" else "datetime"
+    if kind in ("Int8", "Int16", "Int32", "UInt8", "UInt16"):
+        return "integer"
+    if kind.startswith(("Int", "UInt", "Float", "Decimal")):
+        return "float"
+    return "boolean" if kind == "Bool" else "string"
+
+
+def shown(sql, kind):
+    """SQL that gives a value of a ClickHouse type as Perspective's type in Arrow."""
+    casts = {"datetime": "toDateTime64({}, 3, 'UTC')", "integer": "toInt32({})"}
+    casts |= {"float": "toFloat64({})", "string": "toString({})"}
+    return casts.get(perspective_type(kind), "{}").format(sql)
+
+
+def literal(value, kind):
+    """A filter's value as SQL of the type that it is compared with.
+
+    Perspective sends times as milliseconds since 1970 or as text. Raises Refused.
+    """
+    try:
+        wanted = perspective_type(kind)
+        if wanted in ("date", "datetime"):
+            number = isinstance(value, int | float)
+            sql = (
+                f"fromUnixTimestamp64Milli(toInt64({int(value)}), 'UTC')"
+                if number
+                else f"parseDateTime64BestEffort({format_str(str(value))}, 3, 'UTC')"
+            )
+            return sql if wanted == "datetime" else f"toDate({sql})"
+        if wanted == "boolean":
+            return "true" if value in (True, "true") else "false"
+        if wanted in ("integer", "float"):
+            # What a person reads off a Float32 column is to be found again in it.
+            return f"toFloat32({float(value)!r})" if bare(kind) == "Float32" else repr(float(value))
+        return format_str(str(value))
+    except (ValueError, OverflowError):
+        raise Refused(f"{value} is no value of that column") from None
+
+
+class Flight:
+    """A query under way, for all who asked the same."""
+
+    def __init__(self):
+        self.answer = Future()
+        self.askers = []
+        self.tag = f"history-{uuid.uuid4().hex}"
+
+
+class Archive:
+    """Asks ClickHouse about all rows of a table, for all sessions: clients of its own, a few
+    queries at once, the same query in flight once. The table's name may have a database in front;
+    it may be a Distributed table, over a cluster."""
+
+    def __init__(self, dsn, table=None):
+        *database, name = (table or TABLE).split(".")
+        names = [*database, name] if database else [producer.split_dsn(dsn)[1], name]
+        self.dsn, self.source = dsn, ".".join(map(quote_identifier, names))
+        self.turns = threading.Semaphore(HISTORY_QUERIES)
+        self.executor = ThreadPoolExecutor(max_workers=100, thread_name_prefix="history")
+        self.lock, self.flights, self.idle = threading.Lock(), {}, []
+        self.answers = perspective.Server().new_local_client()
+        self.settings = HISTORY_LIMITS
+        if not dsn.startswith("chdb:"):  # chDB could not take it back
+            self.settings = HISTORY_LIMITS | {"readonly": 1}
+
+    def ask(self, sql, asker):
+        """The answer as Arrow bytes. Blocks; raises Refused with a sentence for the viewer."""
+        with self.lock:
+            flight = self.flights.get(sql)
+            first = flight is None
+            if first:
+                flight = self.flights[sql] = Flight()
+            flight.askers.append(asker)
+        if first:
+            try:
+                answer, error = self.fly(sql, flight), None
+            except Exception as failure:
+                answer, error = None, failure
+            with self.lock:
+                del self.flights[sql]
+            if error:
+                flight.answer.set_exception(error)
+            else:
+                flight.answer.set_result(answer)
+        return flight.answer.result()
+
+    def fly(self, sql, flight):
+        with self.turns:
+            if not flight.askers:
+                raise Refused("cancelled")
+            return self.use(
+                lambda client: client.raw_query(
+                    f"{sql} /* {flight.tag} */", fmt="ArrowStream", settings=self.settings
+                )
+            )
+
+    def use(self, call):
+        """Call with a client of the pool. One that failed is not used again: in chDB, the rest of
+        its answer would stand in front of the next one."""
+        try:
+            client = self.idle.pop() if self.idle else producer.connect(self.dsn)
+            try:
+                answer = call(client)
+            except BaseException:
+                client.close()
+                raise
+            self.idle.append(client)
+            return answer
+        except Refused:
+            raise
+        except Exception as error:
+            raise Refused(ERRORS.get(getattr(error, "code", None)) or reason(error)) from error
+
+    def leave(self, asker):
+        """Who leaves wants no answers: queries that nobody else waits for are cancelled."""
+        with self.lock:
+            doomed = []
+            for flight in self.flights.values():
+                if asker in flight.askers:
+                    flight.askers[:] = [other for other in flight.askers if other is not asker]
+                    if not flight.askers:
+                        doomed.append(flight.tag)
+        for tag in doomed:
+            kill = f"KILL QUERY WHERE query LIKE '%{tag}%' AND query NOT LIKE 'KILL%' ASYNC"
+            with contextlib.suppress(Refused):
+                self.use(lambda client, kill=kill: client.command(kill))
+
+    @functools.cached_property
+    def arrival(self):
+        """SQL that orders the ticks; other tables than ours may not know their blocks."""
+        try:
+            self.describe("t._block_number + t._block_offset")
+        except Refused as refused:
+            if getattr(refused.__cause__, "code", None) != UNKNOWN_IDENTIFIER:
+                raise
+            return STAMP
+        return ARRIVAL
+
+    @functools.lru_cache(maxsize=1000)  # noqa: B019 (there is one archive, for good)
+    def describe(self, expression):
+        """The ClickHouse type of an expression that `expression_sql` has let through."""
+        sql = f"DESCRIBE (SELECT {expression} FROM {self.source} AS t)"
+        return self.use(lambda client: client.query(sql).result_rows[0][1])
+
+
+def refusable(method):
+    """A method of History that may raise: what it says goes to the viewer, see HistorySession.
+
+    Perspective itself would send the traceback.
+    """
+
+    @functools.wraps(method)
+    def wrapped(self, *arguments):
+        try:
+            return method(self, *arguments)
+        except Refused as refused:
+            self.refused = str(refused)
+        except Exception:
+            log.exception("history failed")
+            self.refused = "the server failed, its log says how"
+        return NOTHING.get(method.__name__)
+
+    return wrapped
+
+
+NOTHING = {"table_size": 0, "view_size": 0, "view_schema": {}, "view_get_min_max": (0.0, 0.0)}
+
+
+class History(VirtualServerHandler):
+    """One viewer's views of the history. Perspective calls the methods; see VirtualServerHandler
+    in perspective.virtual_servers. `config` is what the viewer's controls say."""
+
+    def __init__(self, archive):
+        self.archive = archive
+        self.views = {}
+        self.refused = None  # what the request under way may not have
+
+    def get_features(self):
+        kinds = ("integer", "float", "string", "boolean", "date", "datetime")
+        numbers = ("integer", "float")
+        return {
+            "group_by": True,
+            "split_by": False,
+            "sort": True,
+            "expressions": True,
+            "group_rollup_mode": ["rollup", "flat", "total"],
+            "filter_ops": {
+                kind: list(TEXT_FILTERS if kind == "string" else FILTERS) for kind in kinds
+            },
+            "aggregates": {
+                kind: list(NUMBER_AGGREGATES if kind in numbers else AGGREGATES) for kind in kinds
+            },
+        }
+
+    def get_hosted_tables(self):
+        return [HISTORY]
+
+    def table_schema(self, table, config=None):
+        return {name: perspective_type(kind) for name, kind in COLUMNS.items()}
+
+    @refusable
+    def table_size(self, table):
+        return self.count(f"{self.archive.source} AS t")
+
+    @refusable
+    def table_make_view(self, table, name, config):
+        self.views[name] = HistoryView(self, config)
+
+    @refusable
+    def table_describe(self, table, config):
+        schema, errors = {}, {}
+        for name, text in config["expressions"].items():
+            try:
+                schema[name] = perspective_type(self.archive.describe(expression_sql(text)))
+            except Refused as refused:
+                errors[name] = {"error_message": str(refused), "line": 0, "column": 0}
+        answer = {"expression_schema": schema}
+        if errors:
+            return answer | {"expression_errors": errors}
+        try:
+            return answer | {"view_schema": HistoryView(self, config, ask=False).schema}
+        except Refused as refused:
+            return answer | {"config_error": str(refused)}
+
+    @refusable
+    def view_schema(self, name, config):
+        self.views[name].show(config.get("group_by_depth"))
+        return self.views[name].schema
+
+    @refusable
+    def view_size(self, name):
+        return self.views[name].size()
+
+    def view_column_size(self, name, config):
+        return len(self.views[name].schema)
+
+    @refusable
+    def view_get_min_max(self, name, column, config):
+        return self.views[name].min_max(column)
+
+    @refusable
+    def view_get_data(self, name, config, schema, viewport, data):
+        data.from_arrow_ipc(self.views[name].page(viewport))
+
+    @refusable
+    def view_delete(self, name):
+        if name in self.views:
+            self.views.pop(name).delete()
+
+    def count(self, rows):
+        return int(self.first(f"SELECT toFloat64(count()) AS n FROM {rows}")["n"])
+
+    def first(self, sql):
+        """The first row of an answer, as a dict."""
+        table = self.keep(sql)
+        view = table.view()
+        try:
+            return view.to_json()[0]
+        finally:
+            view.delete()
+            table.delete()
+
+    def keep(self, sql):
+        """Ask, and keep the answer as a Perspective table apart from the live one."""
+        return self.archive.answers.table(self.archive.ask(sql, self))
+
+    def close(self):
+        for view in self.views.values():
+            view.delete()
+
+
+class HistoryView:
+    """A view's configuration as SQL, and its answer. Raises Refused for what is not on offer."""
+
+    def __init__(self, history, config, ask=True):
+        self.history, self.config = history, config
+        self.expressions = {
+            name: expression_sql(text) for name, text in config["expressions"].items()
+        }
+        if config["split_by"] or config.get("windows"):
+            raise Refused("history has no split by and no windows")
+        self.columns = [name for name in config["columns"] if name is not None]
+        conditions = [self.condition(*filter) for filter in config["filter"]]
+        joint = " OR " if str(config.get("filter_op")).lower() == "or" else " AND "
+        self.rows = f"{history.archive.source} AS t"
+        if any(conditions):
+            self.rows += f" WHERE {joint.join(filter(None, conditions))}"
+        self.answer = self.rows_shown = None
+        make = self.make_groups if config["group_by"] else self.make_rows
+        self.schema, self.sql = make()
+        if ask and config["group_by"]:
+            self.answer = history.keep(self.sql)
+            self.show(None)
+
+    def show(self, depth):
+        """Of a tree, show the branches down to `depth`, or all."""
+        if not self.answer:
+            return
+        if self.rows_shown:
+            self.rows_shown.delete()
+        levels = len(self.config["group_by"])
+        self.lowest = 0 if depth is None else max(0, 2 ** (levels - int(depth)) - 1)
+        self.rows_shown = self.answer.view(
+            columns=self.answer.columns(),
+            filter=[["__GROUPING_ID__", "==" if self.mode == "flat" else ">=", self.lowest]],
+        )
+
+    def value(self, name):
+        """(SQL, ClickHouse type) of a column or an expression."""
+        if name in self.expressions:
+            sql = self.expressions[name]
+            return f"({sql})", self.history.archive.describe(sql)
+        return column_sql(name), COLUMNS[name]
+
+    def condition(self, name, operator, value=None):
+        sql, kind = self.value(name)
+        template = (TEXT_FILTERS if perspective_type(kind) == "string" else FILTERS).get(operator)
+        if not template:
+            raise Refused(f"{name} cannot be filtered by {operator}")
+        if "{1}" not in template:
+            return template.format(sql)
+        values = value if isinstance(value, list | tuple) else [value]
+        if not values or None in values:
+            return None  # a filter that is still being written
+        return template.format(sql, ", ".join(literal(value, kind) for value in values))
+
+    def aggregate(self, name):
+        """(SQL, Perspective's type) of a column's aggregate in a group."""
+        sql, kind = self.value(name)
+        number = perspective_type(kind) in ("integer", "float")
+        offered = NUMBER_AGGREGATES if number else AGGREGATES
+        chosen = self.config["aggregates"].get(name) or ("sum" if number else "count")
+        if not isinstance(chosen, str) or chosen not in offered:
+            raise Refused(f"{name} cannot be aggregated by {chosen}")
+        sql = offered[chosen].format(sql, arrival=self.history.archive.arrival)
+        if chosen in ("any", "min", "max", "first", "last"):
+            return shown(sql, kind), perspective_type(kind)
+        return f"toFloat64({sql})", "float"
+
+    def sorting(self, value):
+        """(SQL, ASC or DESC) for each sort of the configuration; `value` gives SQL for a name."""
+        for name, direction in self.config["sort"]:
+            order, _, absolute = direction.partition(" ")
+            if order not in ("asc", "desc") or absolute not in ("", "abs"):
+                continue  # "none", and the order of columns, which a split would have
+            sql = value(name)[0]
+            yield f"abs({sql})" if absolute else sql, order.upper()
+
+    def make_rows(self):
+        """The SQL of a view without groups: the rows, in their order of arrival unless sorted."""
+        values = {name: self.value(name) for name in self.columns}
+        select = [f"{shown(*value)} AS {quote_identifier(n)}" for n, value in values.items()]
+        order = [f"{sql} {direction}" for sql, direction in self.sorting(self.value)]
+        sql = f"SELECT {', '.join(select) or '1'} FROM {self.rows}"
+        order += ["t.timestamp", self.history.archive.arrival]
+        sql += f" ORDER BY {', '.join(order)}"
+        return {name: perspective_type(kind) for name, (_, kind) in values.items()}, sql
+
+    def make_groups(self):
+        """The SQL of a grouped view. Perspective wants the rows as a tree read from the top: the
+        total, and after each group its parts, each sorted among its siblings. The bits of
+        `__GROUPING_ID__` say which of the names are rolled up, as GROUPING does in SQL. A flat view
+        is the tree's leaves in the same order."""
+        mode = self.mode = self.config.get("group_rollup_mode") or "rollup"
+        groups = [shown(*self.value(name)) for name in self.config["group_by"]]
+        paths = [f"p{i}" for i in range(len(groups))]
+        identity = f"GROUPING({', '.join(paths)})"
+        group_by = f"GROUP BY ROLLUP({', '.join(paths)})"
+        if mode == "total":
+            identity, group_by = str(2 ** len(groups) - 1), ""
+            groups = ["CAST(NULL, 'Nullable(String)')" for _ in groups]
+        values = {name: self.aggregate(name) for name in self.columns}
+        sorts = list(self.sorting(self.aggregate))
+        inner = [f"{identity} AS id"]
+        inner += [f"{sql} AS {path}" for sql, path in zip(groups, paths, strict=True)]
+        inner += [f"{sql} AS c{i}" for i, (sql, _) in enumerate(values.values())]
+        inner += [f"{sql} AS s{i}" for i, (sql, _) in enumerate(sorts)]
+        outer = ["toInt32(id) AS __GROUPING_ID__"]
+        outer += [f"{path} AS __ROW_PATH_{i}__" for i, path in enumerate(paths)]
+        outer += [f"c{i} AS {quote_identifier(name)}" for i, name in enumerate(values)]
+        order = []
+        for level in range(1, len(paths) + 1):
+            own = 2 ** (len(paths) - level) - 1  # the id of a row of this level
+            siblings = f"OVER (PARTITION BY {', '.join(paths[:level])})"
+            order.append(f"id <= {own}")
+            order += [
+                f"anyIf(s{i}, id = {own}) {siblings} {direction}"
+                for i, (_, direction) in enumerate(sorts)
+            ]
+            order.append(paths[level - 1])
+        sql = (
+            f"SELECT {', '.join(outer)} FROM"
+            f" (SELECT {', '.join(inner)} FROM {self.rows} {group_by})"
+            f" ORDER BY {', '.join(order)}"
+        )
+        return {name: kind for name, (_, kind) in values.items()}, sql
+
+    def size(self):
+        return self.rows_shown.num_rows() if self.answer else self.history.count(self.rows)
+
+    def min_max(self, column):
+        """Least and greatest value; of a tree, among its lowest branches."""
+        if not self.answer:
+            value = shown(*self.value(column))
+            sql = f"SELECT min({value}) AS a, max({value}) AS b FROM {self.rows}"
+            return tuple(self.history.first(sql).values())
+        levels = len(self.config["group_by"])
+        lowest = 2**levels - 1 if self.mode == "total" else self.lowest
+        view = self.answer.view(columns=[column], filter=[["__GROUPING_ID__", "==", lowest]])
+        try:
+            return view.get_min_max(column)
+        finally:
+            view.delete()
+
+    def page(self, viewport):
+        """The rows of a viewport, {start_row, end_row}, as an Arrow stream."""
+        start, end = viewport.get("start_row") or 0, viewport.get("end_row")
+        if self.answer:
+            end = self.answer.size() if end is None else end
+            return self.rows_shown.to_arrow(start_row=start, end_row=end, compression=None)
+        limit = "" if end is None else f" LIMIT {max(0, int(end) - int(start))} OFFSET {int(start)}"
+        return self.history.archive.ask(self.sql + limit, self.history)
+
+    def delete(self):
+        if self.answer:
+            self.rows_shown.delete()
+            self.answer.delete()
+
+
+class HistorySession:
+    """What `perspective.Server.new_session` gives, for the history."""
+
+    def __init__(self, archive, answer):
+        self.archive, self.answer = archive, answer
+        self.history = History(archive)
+        self.server = perspective.VirtualServer(self.history)
+
+    def handle_request(self, message):
+        self.history.refused = None
+        answer = self.server.handle_request(message)
+        if self.history.refused:
+            answer = refusal(message, self.history.refused)
+        self.answer(answer)
+
+    def close(self):
+        self.server.close()
+        self.history.close()
+
+
+class HistoryViewer(Viewer):
+    """One viewer's session with the history, behind the same guard."""
+
+    def initialize(self, hub):
+        super().initialize(hub)
+        self.executor = hub.archive.executor
+
+    def new_session(self, answer):
+        return HistorySession(self.hub.archive, answer)
+
+    def on_close(self):
+        # At once, not when its turn comes: the query under way may be what it waits for.
+        loop = asyncio.get_running_loop()
+        loop.run_in_executor(None, self.hub.archive.leave, self.session.history)
+        super().on_close()
+
+
 def make_app(hub):
     """All that the server answers to."""
     shared = {"hub": hub}
@@ -622,6 +1262,7 @@ def make_app(hub):
             (r"/perspective/(perspective-anywidget\.(?:js|css))", BrowserBuild, shared),
             (r"/healthz", Health, shared),
             (r"/websocket", Viewer, shared),
+            (r"/history", HistoryViewer, shared),
         ],
         default_handler_class=NotFound,
         default_handler_args=shared,
@@ -635,18 +1276,13 @@ def make_app(hub):
 # The program.
 
 
-async def serve(hub, sockets, producing):
-    """Serve until SIGINT or SIGTERM, or until tail or embedded producer cannot go on."""
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(ended.set))
+async def serve(hub, sockets, producing, ended):
+    """Serve until `ended` is set, or until tail or embedded producer cannot go on."""
     server = HTTPServer(make_app(hub), max_body_size=1 << 16, idle_connection_timeout=60)
     server.add_sockets(sockets)
 
     while not ended.is_set() and not hub.tail.error and not (producing and producing.error):
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(ended.wait(), 0.2)
+        await asyncio.sleep(0.1)
 
     server.stop()
     for viewer in list(hub.viewers):
@@ -654,6 +1290,8 @@ async def serve(hub, sockets, producing):
     await asyncio.sleep(0.1)
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(server.close_all_connections(), 0.5)
+    # What viewers still wait for is cancelled now, which Tornado would report as an error.
+    logging.getLogger("tornado.application").disabled = True
 
 
 def port(text):
@@ -700,6 +1338,11 @@ def parse(argv):
         metavar="ORIGIN",
         help="pages that may connect besides the server's own (default: null, a page from disk)",
     )
+    parser.add_argument(
+        "--history-table",
+        metavar="[DATABASE.]TABLE",
+        help="where /history finds all rows, such as a Distributed table (default: the live one's)",
+    )
     return parser.parse_args(argv)
 
 
@@ -708,13 +1351,31 @@ def complain(text):
     return 1
 
 
+@contextlib.contextmanager
+def silent():
+    """For the engine, which writes to the process's stderr what it then also raises."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
 def main(argv=None):
     """Run the server; returns the exit status."""
     options = parse(argv)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    logging.getLogger("tornado.access").setLevel(logging.ERROR)
+    logging.getLogger("tornado.access").setLevel(logging.CRITICAL)
     # What the driver has to say of a failure, the tail says itself, once.
-    logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL)
+    for driver in ("clickhouse_connect", "urllib3"):
+        logging.getLogger(driver).setLevel(logging.CRITICAL)
     try:
         sockets = bind_sockets(options.port, options.address)
     except OSError as error:
@@ -731,19 +1392,24 @@ def main(argv=None):
             )
             dsn = f"chdb://{quote(os.path.abspath(folder))}"
             try:
-                cleanup.enter_context(contextlib.closing(producer.connect(dsn)))
+                os.makedirs(folder, exist_ok=True)
+                with silent():
+                    cleanup.enter_context(contextlib.closing(producer.connect(dsn)))
             except ImportError:
                 return complain("--embedded needs chdb: pip install 'clickhouse-connect[chdb]'")
+            except OSError as error:
+                return complain(f"cannot write to {folder} ({error.strerror})")
             except Exception as error:
-                return complain(f"no engine in {folder}: {reason(error)}")
-        return run(options, dsn, sockets)
+                return complain(f"no engine in {folder}, is it in use elsewhere? {reason(error)}")
+        return run(options, dsn, sockets, ended)
 
 
-def run(options, dsn, sockets):
+def run(options, dsn, sockets, ended):
     perspective_server = perspective.Server()
     tail = Tail(perspective_server, dsn, options.interval, options.limit)
     origins = ["null"] if options.allow_origin is None else filter(None, options.allow_origin)
-    hub = Hub(tail, perspective_server, options.address, list(origins))
+    archive = Archive(dsn, options.history_table)
+    hub = Hub(tail, archive, perspective_server, options.address, list(origins))
     threads = [threading.Thread(target=tail.run, daemon=True)]
     producing = None
     if options.embedded is not None:
@@ -761,12 +1427,12 @@ def run(options, dsn, sockets):
     if hub.everywhere or options.address in LOOPBACK:
         shown = "localhost"
     log.info("open http://%s:%s/", shown, options.port)
-    asyncio.run(serve(hub, sockets, producing))
+    asyncio.run(serve(hub, sockets, producing, ended))
 
     tail.stop.set()
     if producing:
         producing.stop.set()
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 1.5
     for thread in threads:
         thread.join(max(0, deadline - time.monotonic()))
     error = tail.error or (producing and producing.error)
@@ -778,4 +1444,6 @@ def run(options, dsn, sockets):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # sys.exit would wait for what the engine computes for some viewer
