@@ -550,7 +550,7 @@ class Page(Ours, RequestHandler):
         self.set_header(
             "Content-Security-Policy",
             "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
-            f" script-src 'self' 'wasm-unsafe-eval' 'sha256-{checksum}';"
+            f" script-src 'self' blob: 'wasm-unsafe-eval' 'sha256-{checksum}';"
             " worker-src blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:;"
             " font-src 'self' data:; connect-src 'self'",
         )
@@ -577,7 +577,8 @@ class Health(Ours, RequestHandler):
         health = self.hub.tail.health()
         self.set_status(200 if health["clickhouse"] == "up" else 503)
         self.set_header("Cache-Control", "no-store")
-        self.finish(health | {"viewers": len(self.hub.viewers)})
+        live = [viewer for viewer in self.hub.viewers if not isinstance(viewer, HistoryViewer)]
+        self.finish(health | {"viewers": len(live)})
 
 
 class Viewer(Ours, PerspectiveTornadoHandler):
@@ -847,6 +848,7 @@ class Archive:
         self.turns = threading.Semaphore(HISTORY_QUERIES)
         self.executor = ThreadPoolExecutor(max_workers=100, thread_name_prefix="history")
         self.lock, self.flights, self.idle = threading.Lock(), {}, []
+        self.rows, self.counted = 0, -1
         self.answers = perspective.Server().new_local_client()
         self.settings = HISTORY_LIMITS
         if not dsn.startswith("chdb:"):  # chDB could not take it back
@@ -899,6 +901,13 @@ class Archive:
             raise
         except Exception as error:
             raise Refused(ERRORS.get(getattr(error, "code", None)) or reason(error)) from error
+
+    def size(self, asker):
+        """Rows in the table; asked at most once a second, since viewers ask with every drawing."""
+        if time.monotonic() > self.counted + 1:
+            self.rows = asker.count(f"{self.source} AS t")
+            self.counted = time.monotonic()
+        return self.rows
 
     def leave(self, asker):
         """Who leaves wants no answers: queries that nobody else waits for are cancelled."""
@@ -989,7 +998,7 @@ class History(VirtualServerHandler):
 
     @refusable
     def table_size(self, table):
-        return self.count(f"{self.archive.source} AS t")
+        return self.archive.size(self)
 
     @refusable
     def table_make_view(self, table, name, config):
@@ -1017,7 +1026,7 @@ class History(VirtualServerHandler):
         return self.views[name].schema
 
     @refusable
-    def view_size(self, name):
+    def view_size(self, name):  # what is asked first of a view that is drawn
         return self.views[name].size()
 
     def view_column_size(self, name, config):
@@ -1053,6 +1062,11 @@ class History(VirtualServerHandler):
         """Ask, and keep the answer as a Perspective table apart from the live one."""
         return self.archive.answers.table(self.archive.ask(sql, self))
 
+    def refresh(self):
+        """Have the views ask again when they are drawn next."""
+        for view in list(self.views.values()):
+            view.stale = True
+
     def close(self):
         for view in self.views.values():
             view.delete()
@@ -1074,7 +1088,8 @@ class HistoryView:
         self.rows = f"{history.archive.source} AS t"
         if any(conditions):
             self.rows += f" WHERE {joint.join(filter(None, conditions))}"
-        self.answer = self.rows_shown = None
+        self.answer = self.rows_shown = self.depth = None
+        self.stale = False
         make = self.make_groups if config["group_by"] else self.make_rows
         self.schema, self.sql = make()
         if ask and config["group_by"]:
@@ -1087,6 +1102,7 @@ class HistoryView:
             return
         if self.rows_shown:
             self.rows_shown.delete()
+        self.depth = depth
         levels = len(self.config["group_by"])
         self.lowest = 0 if depth is None else max(0, 2 ** (levels - int(depth)) - 1)
         self.rows_shown = self.answer.view(
@@ -1185,7 +1201,16 @@ class HistoryView:
         return {name: kind for name, (_, kind) in values.items()}, sql
 
     def size(self):
-        return self.rows_shown.num_rows() if self.answer else self.history.count(self.rows)
+        if not self.answer:
+            return self.history.count(self.rows)
+        if self.stale:
+            self.stale = False
+            with contextlib.suppress(Refused):  # the old answer is better than none
+                fresh = self.history.keep(self.sql)
+                self.delete()
+                self.answer, self.rows_shown = fresh, None
+                self.show(self.depth)
+        return self.rows_shown.num_rows()
 
     def min_max(self, column):
         """Least and greatest value; of a tree, among its lowest branches."""
@@ -1245,6 +1270,13 @@ class HistoryViewer(Viewer):
 
     def new_session(self, answer):
         return HistorySession(self.hub.archive, answer)
+
+    async def on_message(self, message):
+        # Perspective has no word for it: the page says when it wants to see newer answers.
+        if message == "refresh":
+            self.session.history.refresh()
+        else:
+            await super().on_message(message)
 
     def on_close(self):
         # At once, not when its turn comes: the query under way may be what it waits for.
@@ -1415,8 +1447,6 @@ def run(options, dsn, sockets, ended):
     if options.embedded is not None:
         producing = producer.Producer(dsn, interval=0.25, rows=250, say=log.info)
         threads.append(threading.Thread(target=producing.run, daemon=True))
-    for thread in threads:
-        thread.start()
 
     log.info("tailing %s", producer.where(dsn))
     if options.address not in LOOPBACK:
@@ -1427,6 +1457,8 @@ def run(options, dsn, sockets, ended):
     if hub.everywhere or options.address in LOOPBACK:
         shown = "localhost"
     log.info("open http://%s:%s/", shown, options.port)
+    for thread in threads:
+        thread.start()
     asyncio.run(serve(hub, sockets, producing, ended))
 
     tail.stop.set()

@@ -111,6 +111,8 @@ def table(database):
     """A database with the empty table in it."""
     with contextlib.closing(producer.connect(database.dsn)) as client:
         producer.create_table(client, database.name)
+    client = database.connect()  # one for all commands: connecting is what takes the time
+    database.connect = lambda: client
     return database
 
 
@@ -361,8 +363,8 @@ CHANGES = {
         "ALTER TABLE stock_values REPLACE PARTITION tuple() FROM stock_values_source",
     ],
     "recreated with fewer blocks": [*RECREATE, BLOCK.format(300)],
-    "recreated with as many blocks": [*RECREATE, *[BLOCK.format(100)] * 3],
-    "recreated with more blocks": [*RECREATE, *[BLOCK.format(50)] * 8],
+    "recreated with as many blocks": [*RECREATE, *[BLOCK.format(100)] * 4],
+    "recreated with more blocks": [*RECREATE, *[BLOCK.format(100)] * 6],
     "exchanged": [
         "DROP TABLE IF EXISTS stock_values_other SYNC",
         CREATE.format("stock_values_other"),
@@ -615,7 +617,7 @@ def test_slow_answers_do_not_pile_up(table, proxy, start):
     said = health(server, "up")
     assert said["poll_ms"] >= 300
     assert said["delivered"] == 500
-    assert proxy.connections - connections <= 1
+    assert proxy.connections == connections
     assert news(server) == ["connected"]
 
 
@@ -658,9 +660,9 @@ def test_a_wrong_password_is_told_plainly_and_tried_slowly(fragile, start):
             Server, "--dsn", dsn.replace(str(fragile.port), str(proxy.port)), "--interval", 0.03
         )
         server.wait_for("wrong user or password")
-        asked = proxy.connections
+        proxy.delay(0)  # counts
         time.sleep(1.5)
-        assert proxy.connections - asked <= 1
+        assert proxy.faults <= 2
         health(server, "down")
         fragile.stop()
         fragile.password = "admin1234"
@@ -854,8 +856,13 @@ def embedded(start, *arguments, kind=Server, **options):
     return start(kind, "--embedded", *arguments, "--interval", 0.05, **options)
 
 
-@BOTH
-@pytest.mark.parametrize("phase", ["bound", "open", "rows", "viewers"])
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [
+        *(("bound", signal.SIGINT), ("bound", signal.SIGTERM), ("open", signal.SIGTERM)),
+        *(("rows", signal.SIGINT), ("viewers", signal.SIGTERM)),
+    ],
+)
 def test_a_signal_to_the_embedded_server(start, tmp_path, phase, number):
     port, env = free_port(), {"TMPDIR": str(tmp_path)}
     arguments = ["perspective_server.py", "--embedded", "--interval", 0.05, "--port", port]
