@@ -4,6 +4,7 @@ viewer reaches nothing but this one table."""
 import asyncio
 import contextlib
 import random
+import re
 import time
 
 import perspective
@@ -372,7 +373,7 @@ ATTACKS = {
     "sleepEachRow(1)": "sleepEachRow is none of",
     "throwIf(1)": "throwIf is none of",
     "arrayJoin(range(1000000))": "arrayJoin is none of",
-    "repeat('x', 1000000000)": "repeat",
+    "repeat('x', 1000000000)": "loops|repeat is none of",
     "currentUser()": "currentUser is none of",
     "getSetting('max_threads')": "getSetting is none of",
     "dictGet('d', 'a', 1)": "dictGet is none of",
@@ -408,14 +409,15 @@ def test_an_expression_reaches_nothing_but_the_columns(history, ticks, attack):
     before = ticks.count()
     with pytest.raises(perspective.PerspectiveError) as error:
         ask(history, {"columns": ["e"], "expressions": {"e": attack}})
-    assert ATTACKS[attack] in str(error.value)
+    assert re.search(ATTACKS[attack], str(error.value))
     assert "Traceback" not in str(error.value)
 
     async def validate():
         table = await history.client.open_table(HISTORY)
         return await table.validate_expressions({"e": attack})
 
-    assert ATTACKS[attack] in history.run(validate())["errors"]["e"]["error_message"]
+    said = history.run(validate())["errors"]["e"]["error_message"]
+    assert re.search(ATTACKS[attack], said)
     assert ticks.count() == before
 
 
