@@ -517,15 +517,34 @@ def test_the_stream_keeps_its_rhythm_and_leaving_cancels(many, start):
         asyncio.run_coroutine_threadsafe(begin(viewer), viewer.loop)
     wait_until(lambda: running(many) == 1, what="asked once, for three viewers")
     worst = 0
-    for _ in range(4):
+    for _ in range(3):
         delivered = server.health()["delivered"]
         many.command("INSERT INTO stock_values (timestamp, ticker) VALUES (now64(3), 'A')")
         began = time.monotonic()
         wait_until(lambda d=delivered: server.health()["delivered"] > d)
         worst = max(worst, time.monotonic() - began)
     assert worst < 1
+    assert running(many) == 1, "it should take longer, to show what follows"
     viewers[0].close()
     assert running(many) == 1, "others still wait for it"
     for viewer in viewers[1:]:
         viewer.close()
+    wait_until(lambda: running(many) == 0, what="cancelled")
+
+
+@pytest.mark.parametrize("many", [20_000_000], indirect=True)
+def test_a_query_under_way_does_not_hold_up_the_end(many, start):
+    server = start(Server, "--dsn", many.dsn)
+    server.wait_for_rows(100_000)
+    viewer = start(Viewer, server.url, "/history")
+    slow = {"columns": ["close"], "group_by": ["e"], "expressions": {"e": BUSY}}
+
+    async def begin():
+        table = await viewer.client.open_table(HISTORY)
+        return await table.view(**slow)
+
+    asyncio.run_coroutine_threadsafe(begin(), viewer.loop)
+    wait_until(lambda: running(many) == 1)
+    assert server.stop(seconds=3) == 0
+    assert "Traceback" not in server.output
     wait_until(lambda: running(many) == 0, what="cancelled")
