@@ -68,7 +68,11 @@ class Watcher:
     def _run(self):
         while not self.ended.is_set():
             with contextlib.suppress(Exception), Viewer(self.url) as viewer:
-                viewer.run(self._watch(viewer), None)
+                watching = asyncio.run_coroutine_threadsafe(self._watch(viewer), viewer.loop)
+                # A call that was under way when the connection broke would never return.
+                while not (watching.done() or viewer.closed.is_set() or self.ended.is_set()):
+                    time.sleep(0.1)
+                watching.cancel()
             self.last = None  # a gap in the stream is counted, a restart of the server is not
             self.ended.wait(0.5)
 
@@ -77,7 +81,7 @@ class Watcher:
         view = await table.view(group_by=["ticker"], columns=["close", "volume"])
         changed, loop = asyncio.Event(), asyncio.get_running_loop()
         await view.on_update(lambda *_: loop.call_soon_threadsafe(changed.set))
-        while not self.ended.is_set() and not viewer.closed.is_set():
+        while True:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(changed.wait(), 0.5)
                 changed.clear()
@@ -105,7 +109,8 @@ class Soak:
         self.start_server()
 
     def dsn(self, proxy):
-        return self.clickhouse.dsn_of("test", port=proxy.port)
+        # Not the 30 seconds by default: a stalled answer should not be the rest of a round.
+        return f"{self.clickhouse.dsn_of('test', port=proxy.port)}?send_receive_timeout=10"
 
     def start_server(self):
         if self.server:
@@ -202,7 +207,7 @@ class Soak:
                 config = {"filter": [["timestamp", ">=", began_ms]], "columns": columns}
                 return viewer.run(self.fetch(viewer, config), 120).to_pandas()[columns]
 
-        wait_until(lambda: self.server.health()["clickhouse"] == "up", 30)
+        wait_until(lambda: self.server.health()["clickhouse"] == "up", 60, self.server.lines)
         deadline = time.monotonic() + 20
         while True:  # the last poll may still be under way
             lost, doubled = compare(
@@ -250,6 +255,8 @@ class Soak:
                 f" twice, {sum(self.faults.values())} faults, server {self.memory[-1]} MB",
                 flush=True,
             )
+        for watcher in watchers:
+            watcher.ended.set()
         for watcher in watchers:
             watcher.close()
         self.delivered += self.server.health()["delivered"]
