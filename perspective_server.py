@@ -291,10 +291,10 @@ class Tail:
 # rust/perspective-client/perspective.proto in the Perspective repository. What is not known to
 # read is refused, with Perspective's own error, and the connection goes on.
 
-READS = {3, 4, 7, 8, 9, 17, 29, 30, 37, 41}  # features, tables, schema, size, expressions, ...
+READS = {3, 4, 7, 8, 17, 29, 30, 37, 41}  # features, tables, schema, size, ...
 VIEW_READS = {*range(10, 17), *range(18, 27), 34, 35, 36, 39, 40}
-MAKE_PORT, MAKE_VIEW, VALIDATE, DESCRIBE = 5, 6, 9, 41
-COLUMN_PATHS, DELETE_VIEW, SIZE, COLLAPSE, EXPAND = 10, 11, 12, 18, 19
+MAKE_PORT, MAKE_VIEW, DESCRIBE = 5, 6, 41
+COLUMN_PATHS, DELETE_VIEW, SIZE, COLLAPSE, EXPAND, SET_DEPTH = 10, 11, 12, 18, 19, 23
 DATA = {16, 24, 25, 26, 36}  # as Arrow, columns, CSV, rows, NDJSON
 SUBSCRIBES = {4, 21, 29, 34, 39}  # each costs a callback until the session ends
 SERVER_ERROR, VIEW_NOT_FOUND = 50, 1
@@ -382,7 +382,8 @@ def refusal(message, text):
 # one pivot by the wrong column holds up the stream for minutes. So here, too, what is not known to
 # be harmless is refused. tests/test_security.py has the messages that taught us.
 
-GROUP_BY, SPLIT_BY, SHOWN, FILTER, SORT, EXPRESSION, AGGREGATE = range(1, 8)
+GROUP_BY, SPLIT_BY, SHOWN, FILTER, SORT, EXPRESSION, AGGREGATE, ANY, DEPTH, ROLLUP = range(1, 11)
+SPLITS_FLAT = (12, 0)  # what viewers ask for, and the default
 MOST = {GROUP_BY: 3, SPLIT_BY: 2, SHOWN: 1, FILTER: 10, SORT: 5, EXPRESSION: 20, AGGREGATE: 50}
 MOST_SHOWN = 50  # columns
 MOST_VALUES = 500  # that filters compare with, all together
@@ -391,6 +392,12 @@ TEXT_COST = 50  # so many characters is a function of texts worth
 OPERATORS = {"==", "!=", "<", "<=", ">", ">=", "in", "not in", "is null", "is not null"}
 OPERATORS |= {f"{no}{test}" for no in ("", "not ") for test in ("contains", "matches")}
 OPERATORS |= {f"{no}{end} with" for no in ("", "not ") for end in ("begins", "ends")}
+AGGREGATIONS = {
+    *("abs sum", "and", "any", "avg", "count", "distinct count", "distinct leaf", "dominant"),
+    *("first", "gmv", "high", "join", "last", "last by index", "last minus first", "low", "max"),
+    *("max by", "mean", "median", "min", "min by", "mul", "or", "pct sum parent", "pct sum total"),
+    *("q1", "q3", "stddev", "sum", "sum abs", "sum or zero", "unique", "var", "weighted mean"),
+}
 LARGEST = 1e15  # of a filter's numbers: the engine makes dates of them
 
 
@@ -402,7 +409,7 @@ def columns_of(*kinds):
 # assignments or comments. Text and numbers do not mix: if a condition chooses between them, the
 # engine takes the one for the other and reads memory that is not there.
 TEXTS, TIMES, NUMBERS = columns_of("String"), columns_of("Date"), columns_of("Int", "Float")
-MANY = columns_of("DateTime", "Int", "Float").encode().split(b"|")  # have about a value per row
+MANY = columns_of("DateTime", "Int", "Float")  # have about a value per row
 HARMLESS = re.compile(
     rf"""\s*(?:
       (?P<few>bucket\(\s*"({TIMES})"\s*,\s*'\d{{0,4}}[hDWMY]'\s*\)
@@ -417,9 +424,14 @@ HARMLESS = re.compile(
           |round|sqrt|today)\b)
       | (?P<operator>[=!<>]=|[-+*/%^<>])
       | [(),;{{}}]
-    )\s*""".encode(),
-    re.VERBOSE,
+    )\s*""",
+    re.VERBOSE | re.ASCII,
 )
+
+
+def text_of(message, number):
+    """A message's part that is a text. If it stands twice, the last one counts."""
+    return dict(fields(message)).get(number, b"").decode()
 
 
 def judge_expression(text):
@@ -428,32 +440,22 @@ def judge_expression(text):
     while at < len(text):
         token = HARMLESS.match(text, at)
         if not token:
-            there = text[at : at + 20].decode(errors="replace")
-            raise Refused(f"this server does not compute expressions with: {there}")
+            raise Refused(f"no expressions here with: {text[at : at + 20]}")
         kind = next(filter(token.groupdict().get, ("few", "text", "number", "operator")), None)
-        if kind == last == "operator" and token[kind] != b"-":  # they would join: := += <=> //
+        if kind == last == "operator" and token[kind] != "-":  # they would join: := += <=> //
             raise Refused("two operators in a row")
         at, last = token.end(), kind
         kinds.append(kind)
     if "text" in kinds and "number" in kinds:
         raise Refused("text and numbers do not go into one expression")
-    if re.search(rb"date|time|now|today", text):
+    if re.search("date|time|now|today", text):
         kinds.append("time")
     return len(text) + TEXT_COST * kinds.count("text"), set(kinds)
 
 
-def judge_aggregate(body, numbers):
-    name = dict(fields(body)).get(1, b"")
-    if name not in numbers and {b"avg", b"mean"} & {how for _, how in fields(part(body, 2))}:
-        raise Refused(f"there is no average of {name.decode()}")
-
-
-def judge_filter(body):
-    """Returns with how many values a filter compares. Raises Refused."""
-    values = [value for number, value in fields(body) if number == 3]
-    operator = dict(fields(body)).get(2, b"").decode()
+def judge_filter(operator, values):
     if operator not in OPERATORS:
-        raise Refused("this server has no such filter")
+        raise Refused(f"there is no filter {operator}")
     if not values and operator not in ("in", "not in"):
         raise Refused("a filter lacks its value")
     for value in values:
@@ -462,48 +464,79 @@ def judge_filter(body):
             raise ValueError("malformed value")
         if kind == 4 and not abs(scalar) <= LARGEST:
             raise Refused("a filter's number is too large")
-    return len(values)
 
 
 def judge_config(config):
     """Look at a view's configuration before the engine does.
 
-    Returns what its expressions cost, and the number of its columns if it has no groups, else None.
-    Raises Refused.
+    Returns what its expressions cost; the number of its columns if it has no groups, else None;
+    and whether its groups make a tree. Raises Refused.
     """
-    parts = {number: [] for number in MOST}
+    parts = {number: [] for number in (*MOST, ANY, DEPTH, ROLLUP)}
     for number, value in fields(config):
-        if number in parts and type(value) is bytes:
-            parts[number].append(value)
-        elif number not in (8, 9, 10):  # and/or, depth, rollup
-            raise Refused("this server does not know that kind of view")
-    shown = len(COLUMNS)
+        if (number, value) == SPLITS_FLAT:
+            continue
+        if number not in parts or type(value) is not (bytes if number in MOST else int):
+            raise Refused("there is no such kind of view")
+        parts[number].append(value)
+    groups, splits = ([name.decode() for name in parts[n]] for n in (GROUP_BY, SPLIT_BY))
+    shown = list(COLUMNS)
     for columns in parts[SHOWN]:
         [(kind, names)] = fields(columns)
         if kind == 2:  # else the default: all
-            shown = sum(number == 1 and name > b"" for number, name in fields(names))
-    values = sum(map(judge_filter, parts[FILTER]))
-    too_long = any(len(parts[number]) > most for number, most in MOST.items())
-    if too_long or shown > MOST_SHOWN or values > MOST_VALUES:
-        raise Refused("too much for one view: use fewer columns, filters, sorts or groups")
+            shown = [name.decode() for number, name in fields(names) if number == 1]
+    filters = [
+        (text_of(body, 1), text_of(body, 2), [v for n, v in fields(body) if n == 3])
+        for body in parts[FILTER]
+    ]
+    sorts = [text_of(body, 1) for body in parts[SORT]]
+    expressions = [(text_of(entry, 1), text_of(entry, 2)) for entry in parts[EXPRESSION]]
+    aggregates = [
+        (text_of(entry, 1), [how.decode() for n, how in fields(part(entry, 2)) if n == 1])
+        for entry in parts[AGGREGATE]
+    ]
 
-    cost, many, numbers = 0, set(MANY), set(NUMBERS.encode().split(b"|"))
-    for entry in parts[EXPRESSION]:
-        name, text = (dict(fields(entry)).get(number, b"") for number in (1, 2))
+    values = sum(len(values) for _, _, values in filters)
+    too_long = any(len(parts[number]) > most for number, most in MOST.items())
+    if too_long or len(shown) > MOST_SHOWN or values > MOST_VALUES:
+        raise Refused("too much for one view: use fewer columns, filters, sorts or groups")
+    known = {*COLUMNS, *(name for name, _ in expressions if not name.startswith(("psp_", "__")))}
+    used = [*groups, *splits, *shown, *sorts, *(name for name, _, _ in filters)]
+    used += [name for _, how in aggregates for name in how[1:]]
+    for name in used:
+        if name not in known:  # the engine has columns of its own besides
+            raise Refused(f"there is no column {name}")
+    for _, operator, values in filters:
+        judge_filter(operator, values)
+
+    cost, many, numbers = 0, set(MANY.split("|")), set(NUMBERS.split("|"))
+    for name, text in expressions:
         price, kinds = judge_expression(text)
         cost += price
         if "number" in kinds:
             many.add(name)
         numbers = numbers - {name} if kinds & {"text", "time"} else numbers | {name}
-    for entry in parts[AGGREGATE]:
-        judge_aggregate(entry, numbers)
+    for name, how in aggregates:
+        if how and how[0] not in AGGREGATIONS:
+            raise Refused(f"there is no aggregate {how[0]}")
+        if how and how[0] in ("avg", "mean") and name not in numbers:
+            raise Refused(f"there is no average of {name}")
     # A tree with a branch for every row takes the engine minutes; a leaf for every row does not.
-    groups, splits = parts[GROUP_BY], parts[SPLIT_BY]
     if many.intersection(groups[:-1] + splits):
         raise Refused("columns with that many values only go last into Group By, nowhere else")
-    if splits and not groups and not {name.decode() for name in splits} <= set(TEXTS.split("|")):
+    if splits and not groups and not set(splits) <= set(TEXTS.split("|")):
         raise Refused("without Group By, only texts go into Split By")
-    return cost, None if groups or splits else shown
+    deep = not any(parts[ROLLUP])
+    if parts[DEPTH] and not deep:
+        raise Refused("this view has no depth")
+    return cost, None if groups or splits else len(shown), deep
+
+
+def described(config, complaint):
+    """A complaint in the form in which viewers show it beside the expression."""
+    names = [text_of(entry, 1).encode() for n, entry in fields(config) if n == EXPRESSION]
+    error = field(2, field(1, complaint))
+    return b"".join(field(2, field(1, name) + error) for name in names) or field(4, complaint)
 
 
 class Guard:
@@ -535,48 +568,49 @@ class Guard:
             if [type(value) for value in (message_id, entity, body)] != [int, bytes, bytes]:
                 raise Refused("malformed message: a field has the wrong type")
             entity.decode()
-            if number == MAKE_PORT:
-                # A port tells a writer its own updates from others'. Readers need none, and each
-                # would slow down every update until the server ends. So all are told the same.
-                return head + field(MAKE_PORT, field(1, 1))
-            self.judge(message_id, entity, number, body)
+            answer = self.judge(message_id, entity, number, body)
+            return answer and head + answer
         except Refused as refused:
             error = field(1, str(refused).encode()) + field(2, refused.status)
             return head + field(SERVER_ERROR, error)
         except (ValueError, TypeError, AttributeError):
             return head + field(SERVER_ERROR, field(1, b"malformed message"))
-        return None
 
     def judge(self, message_id, entity, number, body):
         if number in VIEW_READS:
             if entity not in self.views:
                 raise Refused("View not found", VIEW_NOT_FOUND)
-            self.judge_window(number, self.views[entity][1], body)
+            self.judge_window(number, body, *self.views[entity][1:])
             if number == DELETE_VIEW:
                 self.forget(entity)
         elif number == MAKE_VIEW:
             [view] = (value for found, value in fields(body) if found == 1)
             view.decode()
             self.make_view(message_id, view, self.configure(body, 2))
+        elif number == MAKE_PORT:
+            # A port tells a writer its own updates from others'. Readers need none, and each would
+            # slow down every update until the server ends. So all are told the same.
+            return field(MAKE_PORT, field(1, 1))
+        elif number == DESCRIBE:
+            try:
+                self.configure(body, 1)
+            except Refused as refused:  # someone is still writing an expression
+                return field(DESCRIBE, described(part(body, 1), str(refused).encode()))
         elif number not in READS:
             raise Refused("this table is read-only")
-        elif number == DESCRIBE:
-            self.configure(body, 1)
-        elif number == VALIDATE:  # a list of expressions, as in a view's configuration
-            config = b"".join(field(EXPRESSION, entry) for _, entry in fields(body))
-            self.configure(field(1, config), 1)
         if number in SUBSCRIBES:
             self.subscriptions += 1
             if self.subscriptions > MAX_SUBSCRIPTIONS:
                 raise Refused(f"no more than {MAX_SUBSCRIPTIONS} subscriptions: connect anew")
+        return None
 
     def configure(self, body, where):
         verdict = self.judge_config(part(body, where))
-        if verdict[0] + sum(cost for cost, _ in self.views.values()) > MAX_EXPRESSION:
+        if verdict[0] + sum(cost for cost, *_ in self.views.values()) > MAX_EXPRESSION:
             raise Refused(f"your expressions are longer than {MAX_EXPRESSION} characters together")
         return verdict
 
-    def judge_window(self, number, columns, body):
+    def judge_window(self, number, body, columns, deep):
         """Rows and columns by number: the engine takes what is out of reach for an address."""
         if number in DATA:
             body = part(body, 1)
@@ -587,6 +621,8 @@ class Guard:
             start, end = window.get(1, 0), window.get(2, 1 << 31)
             if number == COLUMN_PATHS and columns is not None and not start <= min(columns, end):
                 raise Refused("there is no column with such a number")
+        if number == SET_DEPTH and not deep:
+            raise Refused("this view has no depth")
 
     def make_view(self, message_id, view, verdict):
         if view in self.owners:
@@ -815,7 +851,8 @@ class Viewer(Ours, PerspectiveTornadoHandler):
     async def work(self):
         """Take the viewer's messages one after the other until it leaves."""
         while (message := await self.inbox.get()) is not None:
-            if isinstance(message, bytes):
+            connected = self.ws_connection and not self.ws_connection.stream.closed()
+            if connected and isinstance(message, bytes):
                 await self.take(message)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self.executor, self.session.close)
@@ -1476,7 +1513,7 @@ class HistoryViewer(Viewer):
     ClickHouse computes the views, not the engine, so `History` says what they may be made of.
     """
 
-    judge_config = staticmethod(lambda config: (0, None))
+    judge_config = staticmethod(lambda config: (0, None, True))
     longest_rest = 0
 
     def initialize(self, hub):
