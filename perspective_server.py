@@ -9,9 +9,12 @@ import asyncio
 import base64
 import collections
 import contextlib
+import ctypes
 import functools
 import hashlib
 import ipaddress
+import itertools
+import json
 import logging
 import os
 import re
@@ -50,6 +53,15 @@ log = logging.getLogger("perspective_server")
 # the same at any table size. And metadata checks the answer: as many rows must have come as the
 # parts have grown by. If not, something other than an insert happened (rows deleted, a table
 # truncated or recreated), and the window is read anew.
+#
+# Two small tables stand beside the live one, since Perspective would sort and scan the whole window
+# at each update: the newest ticks, and a line for each ticker, which ClickHouse aggregates.
+
+NEWEST, NEWEST_TICKS = f"{TABLE}_newest", 1000
+TICKERS = f"{TABLE}_tickers"
+TICKERS_COLUMNS = {"ticker": "string"} | dict.fromkeys(
+    ("last", "change", "high", "low", "volume"), "float"
+)
 
 
 class Mark(NamedTuple):
@@ -78,17 +90,70 @@ SELECT
 FROM system.parts
 WHERE active AND database = {database:String} AND table = {table:String}
 """
-LATE_MS = 600_000  # rows stamped up to ten minutes back are found by the primary key
+# Two ticks may share a millisecond: the insert block and the place in it say which came first. As
+# one wide number, since comparing tuples takes five times as long.
+STAMP = "toUnixTimestamp64Milli(t.timestamp)"
+ARRIVAL = f"toInt128({STAMP}) * {10**18} + t._block_number * {10**9} + t._block_offset"
+SUMMARY = f"""
+SELECT
+    w.ticker AS ticker,
+    argMax(w.close, w.arrival) AS last,
+    toFloat64(last) / argMin(w.open, w.arrival) - 1 AS change,
+    max(w.high) AS high,
+    min(w.low) AS low,
+    toFloat64(sum(w.volume)) AS volume
+FROM (SELECT t.*, {ARRIVAL} AS arrival FROM {{source}} AS t
+      WHERE _block_number <= {{head}} ORDER BY timestamp DESC LIMIT {{limit}}) AS w
+GROUP BY ticker ORDER BY ticker
+"""
+SUMMARY_SHARE = 0.1  # of the time: over a large window it comes at a slower pace
+PIECE = 5000  # rows handed over at once: Perspective's time grows with their square
+# Rows stamped up to so long before the last poll are looked for at first, since the primary key
+# leads to them; then those up to ten minutes before; then all.
+LATE_MS = 10_000, 600_000
 # ClickHouse lets queries of a larger `priority`, those of the history, wait for these.
 TAIL = {"max_execution_time": QUERY_TIMEOUT, "priority": 1}
-ARROW = {"output_format_arrow_low_cardinality_as_dictionary": 1}
+ARROW = {"output_format_arrow_low_cardinality_as_dictionary": 1, "max_block_size": PIECE}
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+RECORD_BATCH = 3
 GONE = {60, 81, 218}  # ClickHouse's errors for a table or database that was dropped meanwhile
 QUIET = 60  # seconds without a change, after which the next one is worth a line in the log
 
 
+def pieces(arrow):
+    """Cut an Arrow stream into streams of one record batch each; yields (rows, stream).
+
+    The framing: https://arrow.apache.org/docs/format/Columnar.html ; the fields of a message:
+    format/Message.fbs in Arrow's repository; they are in flatbuffers: https://flatbuffers.dev
+    """
+
+    def number(kind, at):
+        return struct.unpack_from(kind, arrow, at)[0] if at else 0
+
+    def field_of(table, index):
+        """Where it stands; 0 if it does not, which means zero."""
+        fields_at = table - number("<i", table)
+        at = 4 + 2 * index
+        offset = number("<H", fields_at + at) if at < number("<H", fields_at) else 0
+        return table + offset if offset else 0
+
+    begin, at = [], 0
+    while at < len(arrow) - len(ARROW_END):
+        message = at + 8 + number("<I", at + 8)
+        end = at + 8 + number("<i", at + 4) + number("<q", field_of(message, 3))
+        if number("<B", field_of(message, 1)) == RECORD_BATCH:
+            header = field_of(message, 2)
+            rows = number("<q", field_of(header + number("<I", header), 0))
+            yield rows, b"".join([*begin, arrow[at:end], ARROW_END])
+        else:  # the schema, or the texts that numbers stand for
+            begin.append(arrow[at:end])
+        at = end
+
+
 class Tail:
-    """Keeps the newest `limit` rows of the table in the Perspective table of the same name.
+    """Keeps the newest `limit` rows of the table in the Perspective table of the same name, the
+    newest thousand in another, and in a third for each ticker the window's last price, the change
+    since its first (0.01 is 1 %), high, low and volume.
 
     `run` polls every `interval` seconds until `stop` is set; it is meant for a thread of its own.
     `error` is set if the table cannot be worked with from the start.
@@ -100,8 +165,12 @@ class Tail:
         self.source = producer.full_name(self.database)
         self.interval, self.limit = interval, limit
         self.stop = threading.Event()
-        self.client = self.table = self.mark = self.error = None
-        self.since = 0  # ms: rows stamped before need the slow way
+        self.newest = min(NEWEST_TICKS, limit)
+        self.client = self.mark = self.summed = self.error = None
+        self.tables = {}  # of Perspective, by name
+        self.summary_due = 0
+        self.tickers = set()
+        self.polled = 0  # ms: when the last poll that succeeded began
         self.clickhouse, self.said = "down", (None, None)
         self.rows = self.delivered = 0
         self.lag_ms = self.poll_ms = None
@@ -115,7 +184,7 @@ class Tail:
 
         After an exception the next poll goes on from the last rows that Perspective has taken.
         """
-        now_ms = time.time() * 1000
+        now_ms = int(time.time() * 1000)
         if self.client is None:
             self.client = producer.connect(self.dsn)
         mark = self.read_mark()
@@ -123,7 +192,9 @@ class Tail:
             return "no table"
         if mark != self.mark and not self.append(mark):
             self.reload(mark)
-        self.since = int(now_ms) - LATE_MS
+        self.polled = now_ms
+        if self.summed != mark and time.monotonic() >= self.summary_due:
+            self.summarize(mark)
         return "up"
 
     def read_mark(self):
@@ -138,29 +209,38 @@ class Tail:
         old = self.mark
         if old is None or mark[:3] != old[:3] or mark.head <= old.head:
             return False
-        blocks = f"_block_number > {old.head} AND _block_number <= {mark.head}"
-        # The bound on the timestamp lets the primary key skip everything older. If the count
-        # says that rows came later than that, all blocks are searched.
-        for bound in (f" AND timestamp >= fromUnixTimestamp64Milli({self.since})", ""):
-            came, newest = self.client.query(
-                f"SELECT count(), toUnixTimestamp64Milli(max(timestamp)) FROM {self.source}"
-                f" WHERE {blocks}{bound}",
-                settings=TAIL,
-            ).result_rows[0]
-            if came == mark.rows - old.rows:
+        grown = mark.rows - old.rows
+        bounds = [f"timestamp >= fromUnixTimestamp64Milli({self.polled - ms})" for ms in LATE_MS]
+        for bound in [*bounds, "true"]:
+            cut = list(
+                pieces(
+                    self.read(
+                        f"SELECT {', '.join(COLUMNS)} FROM {self.source} WHERE {bound}"
+                        f" AND _block_number > {old.head} AND _block_number <= {mark.head}"
+                        " ORDER BY _block_number, _block_offset"
+                        f" LIMIT {self.limit + 1} OFFSET {max(0, grown - self.limit)}"
+                    )
+                )
+            )
+            came = sum(rows for rows, _ in cut)
+            if came == min(grown, self.limit):
                 break
         else:
             return False
         if came:
-            arrow = self.read(
-                f"SELECT {', '.join(COLUMNS)} FROM {self.source} WHERE {blocks}{bound}"
-                f" ORDER BY _block_number, _block_offset"
-                f" LIMIT {self.limit} OFFSET {max(0, came - self.limit)}"
-            )
-            self.hand_over(self.table.update, arrow)
-            self.delivered += min(came, self.limit)
-            self.lag_ms = round(time.time() * 1000 - newest)
-            self.count_arrival(min(came, self.limit))
+            # If Perspective fails half-way, only a fresh window is sure to be right.
+            self.mark = None
+            for _, piece in cut:
+                self.tables[TABLE].update(piece)
+            newest = len(cut)
+            while newest and sum(rows for rows, _ in cut[newest:]) < self.newest:
+                newest -= 1
+            for _, piece in cut[newest:]:
+                self.tables[NEWEST].update(piece)
+            self.rows = self.tables[TABLE].size()
+            self.delivered += came
+            self.lag_ms = round(time.time() * 1000 - self.stamps.get_min_max("timestamp")[1])
+            self.count_arrival(came)
         self.mark = mark
         return True
 
@@ -168,20 +248,51 @@ class Tail:
         """Make the newest rows by timestamp the content of the Perspective table."""
         producer.check_table(self.client, self.database)
         columns = ", ".join(COLUMNS)
-        window = self.read(
-            f"SELECT {columns} FROM"
-            f" (SELECT {columns}, _block_number, _block_offset FROM {self.source}"
-            f"  WHERE _block_number <= {mark.head} ORDER BY timestamp DESC LIMIT {self.limit})"
-            " ORDER BY timestamp, _block_number, _block_offset"
+        window, newest = (
+            self.read(
+                f"SELECT {columns} FROM"
+                f" (SELECT {columns}, _block_number, _block_offset FROM {self.source}"
+                f"  WHERE _block_number <= {mark.head} ORDER BY timestamp DESC LIMIT {rows})"
+                " ORDER BY timestamp, _block_number, _block_offset"
+            )
+            for rows in (self.limit, self.newest)
         )
-        if self.table is None:
-            self.table = self.perspective.table(window, name=TABLE, limit=self.limit)
-            self.rows = self.table.size()
-        else:
-            self.hand_over(self.table.replace, window)
+        first = TABLE not in self.tables
+        self.mark = None
+        self.put(NEWEST, newest, limit=self.newest)
+        self.put(TABLE, window, limit=self.limit)
+        if first:
+            self.stamps = self.tables[NEWEST].view(columns=["timestamp"])
+        self.rows = self.tables[TABLE].size()
+        if not first:
             self.tell_change()
         self.delivered += self.rows
         self.mark = mark
+
+    def summarize(self, mark):
+        """Have ClickHouse aggregate the window by ticker."""
+        began = time.monotonic()
+        sql = SUMMARY.format(source=self.source, head=mark.head, limit=self.limit)
+        # In JSON what is no finite number is null.
+        lines = json.loads(self.client.raw_query(sql, fmt="JSONColumns", settings=TAIL))
+        if TICKERS not in self.tables:
+            table = self.perspective.table(TICKERS_COLUMNS, name=TICKERS, index="ticker")
+            self.tables[TICKERS] = table
+        if lines["ticker"]:
+            self.tables[TICKERS].update(lines)
+        gone = self.tickers - set(lines["ticker"])
+        if gone:
+            self.tables[TICKERS].remove(list(gone))
+        self.tickers = set(lines["ticker"])
+        self.summed, now = mark, time.monotonic()
+        self.summary_due = now + (now - began) * (1 / SUMMARY_SHARE - 1)
+
+    def put(self, name, rows, **options):
+        """Make an Arrow stream's rows the content of a Perspective table."""
+        if name in self.tables:
+            self.tables[name].replace(rows)
+        else:
+            self.tables[name] = self.perspective.table(rows, name=name, **options)
 
     def read(self, sql):
         """Rows as the bytes of one Arrow stream: none of them becomes a Python object."""
@@ -189,12 +300,6 @@ class Tail:
         if not arrow.endswith(ARROW_END):  # it failed after it had begun to answer, with status 200
             raise OSError("an answer was cut short")
         return arrow
-
-    def hand_over(self, change, arrow):
-        # If Perspective fails half-way, only a fresh window is sure to be right: no cursor then.
-        self.mark = None
-        change(arrow)
-        self.rows = self.table.size()
 
     def run(self):
         """Poll until stopped, whatever happens; after failures with growing pauses."""
@@ -206,7 +311,7 @@ class Tail:
                 state = self.poll()
             except TableMismatch as mismatch:
                 state, error = "no table", mismatch
-                if self.table is None:
+                if TABLE not in self.tables:
                     self.error = error
                     break
             except Exception as failure:
@@ -296,11 +401,14 @@ VIEW_READS = {*range(10, 17), *range(18, 27), 34, 35, 36, 39, 40}
 MAKE_PORT, MAKE_VIEW, DESCRIBE = 5, 6, 41
 COLUMN_PATHS, DELETE_VIEW, SIZE, COLLAPSE, EXPAND, SET_DEPTH = 10, 11, 12, 18, 19, 23
 DATA = {16, 24, 25, 26, 36}  # as Arrow, columns, CSV, rows, NDJSON
-SUBSCRIBES = {4, 21, 29, 34, 39}  # each costs a callback until the session ends
+ON_DELETE = 34
+UNSUBSCRIBE = {21: 22, ON_DELETE: 35, 39: 40}  # of views: updates, deletion, rows removed
+SUBSCRIBES = {4, 29, *UNSUBSCRIBE}  # each costs a callback until the session ends
 SERVER_ERROR, VIEW_NOT_FOUND = 50, 1
 
 MAX_VIEWERS = 500
 MAX_VIEWS = 50  # of one viewer; the dashboard holds about ten
+MAX_DIFFERENT = 200  # views of all viewers together, of which those that are alike count once
 MAX_SUBSCRIPTIONS = 2000  # of one viewer
 MAX_MESSAGE = 1 << 16  # bytes from a viewer; the dashboard's are below 10 kB
 MAX_WAITING = 100  # messages of one viewer
@@ -383,6 +491,7 @@ def refusal(message, text):
 # be harmless is refused. tests/test_security.py has the messages that taught us.
 
 GROUP_BY, SPLIT_BY, SHOWN, FILTER, SORT, EXPRESSION, AGGREGATE, ANY, DEPTH, ROLLUP = range(1, 11)
+MAPS = {EXPRESSION, AGGREGATE}
 SPLITS_FLAT = (12, 0)  # what viewers ask for, and the default
 MOST = {GROUP_BY: 3, SPLIT_BY: 2, SHOWN: 1, FILTER: 10, SORT: 5, EXPRESSION: 20, AGGREGATE: 50}
 MOST_SHOWN = 50  # columns
@@ -401,15 +510,19 @@ AGGREGATIONS = {
 LARGEST = 1e15  # of a filter's numbers: the engine makes dates of them
 
 
+COLUMNS_OF = {TABLE: COLUMNS, NEWEST: COLUMNS, TICKERS: TICKERS_COLUMNS}
+
+
 def columns_of(*kinds):
-    return "|".join(name for name, kind in COLUMNS.items() if any(k in kind for k in kinds))
+    every = TICKERS_COLUMNS | COLUMNS
+    return "|".join(name for name, kind in every.items() if any(k in kind.lower() for k in kinds))
 
 
 # An expression is computed for every row while the stream waits, so there are no loops, vectors,
 # assignments or comments. Text and numbers do not mix: if a condition chooses between them, the
 # engine takes the one for the other and reads memory that is not there.
-TEXTS, TIMES, NUMBERS = columns_of("String"), columns_of("Date"), columns_of("Int", "Float")
-MANY = columns_of("DateTime", "Int", "Float")  # have about a value per row
+TEXTS, TIMES, NUMBERS = columns_of("string"), columns_of("date"), columns_of("int", "float")
+MANY = columns_of("datetime", "int", "float")  # have about a value per row
 HARMLESS = re.compile(
     rf"""\s*(?:
       (?P<few>bucket\(\s*"({TIMES})"\s*,\s*'\d{{0,4}}[hDWMY]'\s*\)
@@ -466,8 +579,8 @@ def judge_filter(operator, values):
             raise Refused("a filter's number is too large")
 
 
-def judge_config(config):
-    """Look at a view's configuration before the engine does.
+def judge_config(table, config):
+    """Look at the configuration of a view of a table before the engine does.
 
     Returns what its expressions cost; the number of its columns if it has no groups, else None;
     and whether its groups make a tree. Raises Refused.
@@ -479,10 +592,13 @@ def judge_config(config):
         if number not in parts or type(value) is not (bytes if number in MOST else int):
             raise Refused("there is no such kind of view")
         parts[number].append(value)
+    columns = COLUMNS_OF.get(table)
+    if not columns:
+        raise Refused(f"there is no table {table}")
     groups, splits = ([name.decode() for name in parts[n]] for n in (GROUP_BY, SPLIT_BY))
-    shown = list(COLUMNS)
-    for columns in parts[SHOWN]:
-        [(kind, names)] = fields(columns)
+    shown = list(columns)
+    for listed in parts[SHOWN]:
+        [(kind, names)] = fields(listed)
         if kind == 2:  # else the default: all
             shown = [name.decode() for number, name in fields(names) if number == 1]
     filters = [
@@ -500,7 +616,7 @@ def judge_config(config):
     too_long = any(len(parts[number]) > most for number, most in MOST.items())
     if too_long or len(shown) > MOST_SHOWN or values > MOST_VALUES:
         raise Refused("too much for one view: use fewer columns, filters, sorts or groups")
-    known = {*COLUMNS, *(name for name, _ in expressions if not name.startswith(("psp_", "__")))}
+    known = {*columns, *(name for name, _ in expressions if not name.startswith(("psp_", "__")))}
     used = [*groups, *splits, *shown, *sorts, *(name for name, _, _ in filters)]
     used += [name for _, how in aggregates for name in how[1:]]
     for name in used:
@@ -540,13 +656,10 @@ def described(config, complaint):
 
 
 class Guard:
-    """Decides what one session may ask. `owners` maps every view of any session to its guard.
+    """Decides what one session may ask."""
 
-    Perspective's views are the server's: any session could read or delete another's by its name.
-    """
-
-    def __init__(self, owners, judge_config=judge_config):
-        self.owners, self.judge_config = owners, judge_config
+    def __init__(self, judge_config=judge_config):
+        self.judge_config = judge_config
         self.views = {}  # what `judge_config` said of each
         self.subscriptions = 0
         self.making = None  # (message id, view) that the engine has not confirmed yet
@@ -568,6 +681,8 @@ class Guard:
             if [type(value) for value in (message_id, entity, body)] != [int, bytes, bytes]:
                 raise Refused("malformed message: a field has the wrong type")
             entity.decode()
+            if message_id >> 32:
+                raise Refused("malformed message: its number is too large")
             answer = self.judge(message_id, entity, number, body)
             return answer and head + answer
         except Refused as refused:
@@ -582,18 +697,18 @@ class Guard:
                 raise Refused("View not found", VIEW_NOT_FOUND)
             self.judge_window(number, body, *self.views[entity][1:])
             if number == DELETE_VIEW:
-                self.forget(entity)
+                del self.views[entity]
         elif number == MAKE_VIEW:
             [view] = (value for found, value in fields(body) if found == 1)
             view.decode()
-            self.make_view(message_id, view, self.configure(body, 2))
+            self.make_view(message_id, view, self.configure(entity, body, 2))
         elif number == MAKE_PORT:
             # A port tells a writer its own updates from others'. Readers need none, and each would
             # slow down every update until the server ends. So all are told the same.
             return field(MAKE_PORT, field(1, 1))
         elif number == DESCRIBE:
             try:
-                self.configure(body, 1)
+                self.configure(entity, body, 1)
             except Refused as refused:  # someone is still writing an expression
                 return field(DESCRIBE, described(part(body, 1), str(refused).encode()))
         elif number not in READS:
@@ -604,8 +719,8 @@ class Guard:
                 raise Refused(f"no more than {MAX_SUBSCRIPTIONS} subscriptions: connect anew")
         return None
 
-    def configure(self, body, where):
-        verdict = self.judge_config(part(body, where))
+    def configure(self, table, body, where):
+        verdict = self.judge_config(table.decode(), part(body, where))
         if verdict[0] + sum(cost for cost, *_ in self.views.values()) > MAX_EXPRESSION:
             raise Refused(f"your expressions are longer than {MAX_EXPRESSION} characters together")
         return verdict
@@ -625,11 +740,11 @@ class Guard:
             raise Refused("this view has no depth")
 
     def make_view(self, message_id, view, verdict):
-        if view in self.owners:
+        if view in self.views:
             raise Refused("a view of that name exists")
         if len(self.views) >= MAX_VIEWS:
             raise Refused(f"no more than {MAX_VIEWS} views at once: delete some")
-        self.owners[view], self.views[view] = self, verdict
+        self.views[view] = verdict
         self.making = message_id, view
 
     def heard(self, answer):
@@ -637,19 +752,10 @@ class Guard:
         if self.making:
             parts = dict(fields(answer))
             message_id, view = self.making
-            if parts.get(1, 0) == message_id & 0xFFFFFFFF:
+            if parts.get(1, 0) == message_id:
                 self.making = None
                 if SERVER_ERROR in parts:
-                    self.forget(view)
-
-    def forget(self, view):
-        self.views.pop(view, None)
-        self.owners.pop(view, None)
-
-    def release(self):
-        """The session ends, and its views with it."""
-        for view in list(self.views):
-            self.forget(view)
+                    self.views.pop(view, None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -672,11 +778,11 @@ class Hub:
 
     def __init__(self, tail, archive, perspective_server, address, origins):
         self.tail, self.archive = tail, archive
-        self.perspective_server = perspective_server
+        self.perspective_server, self.views = perspective_server, Views(perspective_server)
         self.origins = set(origins)
         self.hosts = LOOPBACK | {address} | {urlsplit(origin).hostname for origin in origins}
         self.everywhere = address in ("", "0.0.0.0", "::")
-        self.viewers, self.owners = set(), {}
+        self.viewers, self.left = set(), False  # whether any has left lately
         self.executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="viewers")
 
     def knows_host(self, host):
@@ -774,35 +880,152 @@ class Health(Ours, RequestHandler):
         self.finish(health | {"viewers": len(live)})
 
 
-class LiveSession:
-    """A session with the engine, in which no answer is larger than memory has room for."""
+class Direct:
+    """A session of the server's own, which is asked and answers at once."""
 
-    def __init__(self, server, answer):
-        self.session, self.answer = server.new_session(answer), answer
-        self.sizes = collections.deque(maxlen=1)
-        self.ruler = server.new_session(self.sizes.append)
+    def __init__(self, server):
+        self.answers = collections.deque(maxlen=1)
+        self.session = server.new_session(self.answers.append)
+
+    def ask(self, entity, number, body=b""):
+        """Returns the fields of the engine's answer, by number."""
+        self.session.handle_request(field(1, 1) + field(2, entity) + field(number, body))
+        return dict(fields(self.answers.pop()))
+
+
+class Views:
+    """The views of all viewers. The engine brings every view up to date at every update, so those
+    who ask for the same share one: fifty viewers of one dashboard cost it little more than one.
+    And the engine knows views by names of ours: it would let any session read or delete any.
+    `lock` is held while the engine reads expressions: it ends the process if two threads do that
+    at a time (seen with version 5.6.1)."""
+
+    def __init__(self, server):
+        self.server, self.engine = server, Direct(server)
+        self.lock, self.numbers = threading.Lock(), itertools.count(1)
+        self.names, self.users = {}, collections.Counter()
+
+    def take(self, table, config):
+        """Returns (key, name), of which the key is for `give_back`. Raises Refused if there are
+        too many, EngineError if the engine says no."""
+        parts = list(fields(config))
+        tree = GROUP_BY in dict(parts) and not dict(parts).get(ROLLUP)
+        with self.lock:
+            number = next(self.numbers)
+            # What is a map in the configuration has no order. And branches of a tree that somebody
+            # folds are folded for that one alone.
+            parts.sort(key=lambda part: (part[0], part[1] if part[0] in MAPS else b""))
+            key = (table, *parts, number if tree else 0)
+            if key not in self.names:
+                if len(self.names) >= MAX_DIFFERENT:
+                    raise Refused(f"no more than {MAX_DIFFERENT} different views at once, of all")
+                name = f"view {number}".encode()
+                answer = self.engine.ask(table, MAKE_VIEW, field(1, name) + field(2, config))
+                if SERVER_ERROR in answer:
+                    raise EngineError(answer[SERVER_ERROR])
+                self.names[key] = name
+            self.users[key] += 1
+            return key, self.names[key]
+
+    def give_back(self, key):
+        with self.lock:
+            self.users[key] -= 1
+            if not self.users[key]:
+                del self.users[key]
+                self.engine.ask(self.names.pop(key), DELETE_VIEW)
+
+
+class EngineError(Exception):
+    """The engine refuses. The argument is its error, as a protobuf message."""
+
+
+class Hold:
+    """One viewer's hold on a view: what it subscribes to ends with the hold, not with the view."""
+
+    def __init__(self, views, answer, table, config):
+        self.views, self.answer = views, answer
+        self.key, self.name = views.take(table, config)
+        self.session = views.server.new_session(self.hear)
+        self.subscriptions = []  # (field number, message's id)
+
+    def handle_request(self, message_id, number, body):
+        if number in UNSUBSCRIBE:
+            self.subscriptions.append((number, message_id))
+        self.session.handle_request(
+            field(1, message_id) + field(2, self.name) + field(number, body)
+        )
+
+    def hear(self, answer):
+        if self.answer:
+            self.answer(answer)
+
+    def close(self):
+        answer, self.answer = self.answer, None
+        for number, message_id in self.subscriptions:
+            if number == ON_DELETE:
+                answer(field(1, message_id) + field(ON_DELETE, b""))
+            self.handle_request(0, UNSUBSCRIBE[number], field(1, message_id))
+        self.session.close()
+        self.views.give_back(self.key)
+
+
+class LiveSession:
+    """A session with the engine, in which views are shared, and no answer is larger than memory
+    has room for."""
+
+    def __init__(self, views, answer):
+        self.views, self.answer = views, answer
+        self.session = views.server.new_session(answer)
+        self.ruler = Direct(views.server)
+        self.holds = {}
 
     def handle_request(self, message):
         asked = dict(fields(message))
-        if DATA & asked.keys() and self.cells(asked) > MAX_CELLS:
+        message_id, entity = asked.pop(1, 0), asked.pop(2, b"")
+        [(number, body)] = asked.items()
+        hold, head = self.holds.get(entity), field(1, message_id) + field(2, entity)
+        if number == MAKE_VIEW:
+            self.answer(head + self.make_view(entity, dict(fields(body))[1], part(body, 2)))
+        elif number == DESCRIBE:
+            with self.views.lock:
+                self.session.handle_request(message)
+        elif number not in VIEW_READS:
+            self.session.handle_request(message)
+        elif not hold:
+            error = field(1, b"View not found") + field(2, VIEW_NOT_FOUND)
+            self.answer(head + field(SERVER_ERROR, error))
+        elif number == DELETE_VIEW:
+            del self.holds[entity]
+            hold.close()
+            self.answer(head + field(DELETE_VIEW, b""))
+        elif number in DATA and self.cells(hold.name, body) > MAX_CELLS:
             text = f"more than {MAX_CELLS:,} cells at once: ask for fewer rows or columns"
             self.answer(refusal(message, text))
         else:
-            self.session.handle_request(message)
+            hold.handle_request(message_id, number, body)
 
-    def cells(self, asked):
+    def make_view(self, table, view, config):
+        try:
+            self.holds[view] = Hold(self.views, self.answer, table, config)
+        except Refused as refused:
+            return field(SERVER_ERROR, field(1, str(refused).encode()))
+        except EngineError as error:
+            return field(SERVER_ERROR, error.args[0])
+        return field(MAKE_VIEW, field(1, view))
+
+    def cells(self, name, request):
         """How many rows times columns of a view are asked for."""
-        self.ruler.handle_request(field(1, 1) + field(2, asked[2]) + field(SIZE, b""))
-        size = dict(fields(part(self.sizes.pop(), SIZE)))
-        [request] = (body for number, body in asked.items() if number in DATA)
+        size = dict(fields(self.ruler.ask(name, SIZE)[SIZE]))
         window = dict(fields(part(request, 1)))
         rows = min(size.get(3, 0), window.get(3, 1 << 31)) - window.get(1, 0)
         columns = min(size.get(4, 0), window.get(4, 1 << 31)) - window.get(2, 0)
         return max(0, rows) * max(0, columns)
 
     def close(self):
+        for hold in self.holds.values():
+            hold.close()
         self.session.close()
-        self.ruler.close()
+        self.ruler.session.close()
 
 
 class Viewer(Ours, PerspectiveTornadoHandler):
@@ -835,14 +1058,14 @@ class Viewer(Ours, PerspectiveTornadoHandler):
     def open(self):
         self.ws_connection.stream.max_write_buffer_size = MAX_UNREAD
         self.inbox, self.written = asyncio.Queue(MAX_WAITING), None
-        self.guard = Guard(self.hub.owners, self.judge_config)
+        self.guard = Guard(self.judge_config)
         loop = asyncio.get_running_loop()
         self.session = self.new_session(lambda answer: loop.call_soon_threadsafe(self.send, answer))
         self.hub.viewers.add(self)
         self.working = asyncio.create_task(self.work())
 
     def new_session(self, answer):
-        return LiveSession(self.hub.perspective_server, answer)
+        return LiveSession(self.hub.views, answer)
 
     async def on_message(self, message):
         # While the engine works the socket is read on, or pings and the end would not be heard.
@@ -856,7 +1079,7 @@ class Viewer(Ours, PerspectiveTornadoHandler):
                 await self.take(message)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self.executor, self.session.close)
-        self.guard.release()
+        self.session, self.hub.left = None, True
 
     async def take(self, message):
         answer = self.guard.check(message)
@@ -924,10 +1147,6 @@ ERRORS = {
 
 UNKNOWN_IDENTIFIER = 47
 
-# Two ticks may share a millisecond: the insert block and the place in it say which came first. As
-# one wide number, since comparing tuples takes five times as long.
-STAMP = "toUnixTimestamp64Milli(t.timestamp)"
-ARRIVAL = f"toInt128({STAMP}) * {10**18} + t._block_number * {10**9} + t._block_offset"
 AGGREGATES = {
     "count": "toFloat64(count())",
     "uniqExact": "toFloat64(uniqExact({0}))",
@@ -1513,7 +1732,7 @@ class HistoryViewer(Viewer):
     ClickHouse computes the views, not the engine, so `History` says what they may be made of.
     """
 
-    judge_config = staticmethod(lambda config: (0, None, True))
+    judge_config = staticmethod(lambda table, config: (0, None, True))
     longest_rest = 0
 
     def initialize(self, hub):
@@ -1564,8 +1783,10 @@ async def serve(hub, sockets, producing, ended):
     server = HTTPServer(make_app(hub), max_body_size=1 << 16, idle_connection_timeout=60)
     server.add_sockets(sockets)
 
+    trimming = asyncio.create_task(give_memory_back(hub))
     while not ended.is_set() and not hub.tail.error and not (producing and producing.error):
         await asyncio.sleep(0.1)
+    trimming.cancel()
 
     server.stop()
     for viewer in list(hub.viewers):
@@ -1575,6 +1796,17 @@ async def serve(hub, sockets, producing, ended):
         await asyncio.wait_for(server.close_all_connections(), 0.5)
     # What viewers still wait for is cancelled now, which Tornado would report as an error.
     logging.getLogger("tornado.application").disabled = True
+
+
+async def give_memory_back(hub):
+    """After viewers have left. The C library would keep what they had for the process's threads."""
+    with contextlib.suppress(AttributeError):  # only glibc has it
+        trim = ctypes.CDLL(None).malloc_trim
+        while True:
+            await asyncio.sleep(5)
+            if hub.left:
+                hub.left = False
+                await asyncio.get_running_loop().run_in_executor(hub.executor, trim, 0)
 
 
 def port(text):
@@ -1688,6 +1920,9 @@ def main(argv=None):
 
 
 def run(options, dsn, sockets, ended):
+    # The engine waits for ever (seen with version 5.6.1) if a table is replaced that has as many
+    # views as there are threads. Threads that wait cost next to nothing.
+    perspective.set_num_cpus(MAX_DIFFERENT + 10)
     perspective_server = perspective.Server()
     tail = Tail(perspective_server, dsn, options.interval, options.limit)
     origins = ["null"] if options.allow_origin is None else filter(None, options.allow_origin)

@@ -33,7 +33,7 @@ from proxy import Proxy
 
 import perspective_server
 import producer
-from perspective_server import Tail
+from perspective_server import NEWEST, TABLE, TICKERS, Tail
 
 DAY = 86_400_000
 HEALTH = {
@@ -165,7 +165,7 @@ def test_three_producers_batches_of_1_and_of_100_000_rows_and_merges(database, s
     with Viewer(server.url) as viewer:
         assert agree(viewer, database).total() == total
     assert server.health()["delivered"] == total
-    assert news(server)[-1] in ("connected", "the table is there")
+    assert news(server)[-1] in ("connected", "the table is there"), server.output
 
 
 @pytest.mark.parametrize("interval", [0.02, 2])
@@ -397,15 +397,39 @@ class Local(Tail):
 
     def step(self):
         """One round of `run`: a poll, and what is said of it."""
+        self.summary_due = 0
         self.stop.clear()
         self.stop.wait = lambda _: self.stop.set()
         self.run()
 
-    def shown(self):
-        view = self.perspective.open_table("stock_values").view()
+    def arrow(self, name):
+        view = self.perspective.open_table(name).view()
         arrow = view.to_arrow()
         view.delete()
-        return counted(pyarrow.ipc.open_stream(arrow).read_all())
+        return pyarrow.ipc.open_stream(arrow).read_all()
+
+    def shown(self, name=TABLE):
+        return counted(self.arrow(name))
+
+    def lines(self):
+        """The line of each ticker."""
+        rows = self.arrow(TICKERS).to_pylist()
+        return {row.pop("ticker"): pytest.approx(row, rel=1e-6) for row in rows}
+
+
+def lines(database, limit=100_000):
+    """The same by SQL."""
+    with contextlib.closing(database.connect()) as client:
+        rows = client.query_arrow(f"""
+            WITH (timestamp, _block_number, _block_offset) AS arrival
+            SELECT CAST(ticker AS String) AS ticker, argMax(close, arrival) AS last,
+                argMax(toFloat64(close), arrival) / argMin(open, arrival) - 1 AS change,
+                max(high) AS high, min(low) AS low, sum(volume) AS volume
+            FROM (SELECT *, _block_number, _block_offset FROM {database.name}.stock_values
+                  ORDER BY timestamp DESC LIMIT {limit})
+            GROUP BY ticker
+        """).to_pylist()
+    return {row.pop("ticker"): row for row in rows}
 
 
 @pytest.fixture
@@ -430,10 +454,12 @@ def test_a_changed_table_is_read_anew(table, tail, caplog, change, at_once):
         tail.step()
     done(table)
     tail.step()
-    assert tail.shown() == table.rows()
+    assert tail.shown() == tail.shown(NEWEST) == table.rows()
+    assert tail.lines() == lines(table)
     insert(table, 50)
     tail.step()
-    assert tail.shown() == table.rows()
+    assert tail.shown() == tail.shown(NEWEST) == table.rows()
+    assert tail.lines() == lines(table)
     assert tail.health()["clickhouse"] == "up"
     assert tail.health()["rows"] == table.count()
     news = [message.split(":")[0] for message in caplog.messages]
@@ -446,9 +472,22 @@ def test_a_changed_table_is_read_anew(table, tail, caplog, change, at_once):
         assert news == ["connected", "the table was changed"]
 
 
+GROUPED = [
+    {"group_by": ["ticker"], "aggregates": {"open": "last", "volume": "sum"}},
+    {"group_by": ["client"], "split_by": ["ticker"], "columns": ["volume"]},
+    {"group_by": ["client", "ticker"], "group_rollup_mode": "flat"},
+    {"group_by": ["date"], "filter": [["ticker", "==", "AAPL.N"]]},
+    {"group_by": ["second"], "expressions": {"second": "bucket(\"timestamp\", '1s')"}},
+]
+
+
 def test_a_server_agrees_after_each_of_these_changes(table, start):
+    """With views that would make the engine wait for ever if it had but a few threads."""
     server = up(start(Server, "--dsn", table.dsn, "--interval", 0.03))
     viewer = start(Viewer, server.url)
+    live = viewer.table()
+    for config in GROUPED:
+        viewer.run(live.view(**config))
     for change in (
         *("refilled", "deleted and merged", "updated slowly", "patched", "expired"),
         *("detached and attached", "recreated with more blocks", "exchanged"),
@@ -672,13 +711,91 @@ def test_a_wrong_password_is_told_plainly_and_tried_slowly(fragile, start):
         assert "admin1234" not in server.output
 
 
+def test_an_arrow_stream_is_cut_into_its_batches(table, tail):
+    """Also where a text comes late, so that its number is told in the middle of the stream."""
+    fill(table)
+    tail.poll()
+    for rows in (1, 999, 12_000):
+        insert(table, rows)
+    table.command("INSERT INTO stock_values (timestamp, ticker) VALUES (now64(3), 'NEW.N')")
+    source = f"FROM {table.name}.stock_values"
+    for sql in (
+        f"SELECT {', '.join(COLUMNS)} {source} ORDER BY _block_number LIMIT 100001",
+        f"SELECT ticker, close {source} ORDER BY close LIMIT 7000 OFFSET 300",
+        f"SELECT timestamp, toString(volume) AS text {source} ORDER BY ticker DESC",
+        f"SELECT 1 AS one {source} LIMIT 1",
+        f"SELECT ticker {source} WHERE ticker = 'none'",
+    ):
+        whole = tail.read(sql)
+        expected = pyarrow.ipc.open_stream(whole).read_all()
+        cut = list(perspective_server.pieces(whole))
+        read = [pyarrow.ipc.open_stream(piece).read_all() for _, piece in cut]
+        assert [rows for rows, _ in cut] == [piece.num_rows for piece in read]
+        if "ORDER BY _block_number" in sql:
+            assert max(rows for rows, _ in cut) <= perspective_server.PIECE
+        assert [row for piece in read for row in piece.to_pylist()] == expected.to_pylist()
+
+
+@pytest.mark.parametrize("rows", [1, 999, 1000, 1001, 5001, 12_000, 30_000])
+def test_the_newest_ticks_and_the_lines_of_the_tickers(table, rows):
+    tail = Local(table.dsn, limit=20_000)
+    for late in (80_000, 70_000, 60_000):
+        insert(table, 8000, now_ms() - late)
+    tail.step()
+    insert(table, rows, now_ms() - rows)
+    tail.step()
+    assert tail.shown() == table.rows("ORDER BY timestamp DESC LIMIT 20000")
+    assert tail.shown(NEWEST) == table.rows("ORDER BY timestamp DESC LIMIT 1000")
+    assert tail.lines() == lines(table, 20_000)
+    assert tail.delivered == 20_000 + min(rows, 20_000)
+    tail.close()
+
+
+def test_prices_that_are_no_numbers(table, tail):
+    table.command(
+        "INSERT INTO stock_values (timestamp, ticker, open, high, low, close) VALUES"
+        " (now64(3), 'A', 0, nan, inf, 1), (now64(3), 'B', nan, 1, 1, nan)"
+    )
+    tail.step()
+    tail.step()
+    assert tail.health()["clickhouse"] == "up"
+    rows = {row["ticker"]: row for row in tail.arrow(TICKERS).to_pylist()}
+    assert rows["A"]["change"] is None and rows["A"]["last"] == 1
+    assert rows["B"]["last"] is None
+
+
+def test_a_large_window_is_summed_up_at_a_slower_pace(table, tail, monkeypatch):
+    insert(table, 100)
+    tail.poll()
+    due = tail.summary_due
+    read = tail.client.raw_query
+
+    def slow(sql, **options):
+        if options["fmt"] == "JSONColumns":
+            time.sleep(0.05)
+        return read(sql, **options)
+
+    monkeypatch.setattr(tail.client, "raw_query", slow)
+    tail.summary_due = 0
+    insert(table, 100)
+    tail.poll()
+    assert tail.summary_due > max(due, time.monotonic() + 0.4)
+    insert(table, 100)
+    tail.poll()
+    assert tail.summed != tail.mark  # not yet again
+    tail.summary_due = 0
+    tail.poll()  # nothing new, but the lines are still to be drawn
+    assert tail.summed == tail.mark
+    assert tail.lines() == lines(table)
+
+
 @pytest.mark.parametrize("half_way", [False, True])
 @pytest.mark.parametrize("step", ["update", "replace"])
 def test_perspective_fails(table, tail, monkeypatch, step, half_way):
     """Between reading and updating: nothing lost and nothing twice, however far it came."""
     fill(table)
     tail.step()
-    whole = tail.table
+    whole = tail.tables[TABLE]
 
     class Failing:
         size = whole.size
@@ -692,11 +809,11 @@ def test_perspective_fails(table, tail, monkeypatch, step, half_way):
     insert(table, 50)
     if step == "replace":
         table.command("DELETE FROM stock_values WHERE volume % 2 = 0")
-    tail.table = Failing()
+    tail.tables[TABLE] = Failing()
     for _ in range(3):
         tail.step()
         assert tail.health()["clickhouse"] == "down"
-    tail.table = whole
+    tail.tables[TABLE] = whole
     insert(table, 50)
     tail.step()
     assert tail.shown() == table.rows()

@@ -47,6 +47,7 @@ import producer
 from perspective_server import fields
 
 TABLE = "stock_values"
+TABLES = {TABLE, f"{TABLE}_newest", f"{TABLE}_tickers"}
 
 # --- Messages by hand -----------------------------------------------------------------------------
 
@@ -128,6 +129,19 @@ class Raw(Viewer):
             assert not self.closed.is_set(), "the server hung up"
             time.sleep(0.002)
         raise TimeoutError
+
+    def answer(self, number):
+        """What was sent last under this number, or comes within five seconds; it is taken away."""
+        return wait_until(lambda: self.heard(number) and self.taken(number), 5, number)
+
+    def heard(self, number):
+        return sum(answer.get(1) == number for answer in list(self.answers))
+
+    def taken(self, number):
+        found = [answer for answer in list(self.answers) if answer.get(1) == number]
+        for answer in found:
+            self.answers.remove(answer)
+        return found[-1]
 
     def refused(self, message):
         """Send; the answer must be an error, and its text is returned."""
@@ -287,7 +301,7 @@ def test_nobody_writes(ours, write):
     with Viewer(ours.url) as viewer:
         with pytest.raises(perspective.PerspectiveError, match="this table is read-only"):
             viewer.run(attempt(viewer, write))
-        assert viewer.run(viewer.client.get_hosted_table_names()) == [TABLE]
+        assert set(viewer.run(viewer.client.get_hosted_table_names())) == TABLES
         assert not viewer.closed.is_set()
 
 
@@ -347,14 +361,24 @@ def test_views_belong_to_their_session(ours):
         assert 6 in owner.ask(make(b"", "mine"))
         for number in OF_A_VIEW:
             assert other.refused(ask(number, b"", "mine")) == "View not found", number
-        assert "name exists" in other.refused(make(b"", "mine"))
-        assert other.works()
+            for name in ("view 1", "view 2", "view 3"):  # as the engine may know it
+                assert other.refused(ask(number, b"", name)) == "View not found", (number, name)
+        assert "name exists" in owner.refused(make(f(1, "client"), "mine"))
+        assert 6 in other.ask(make(f(1, "client"), "mine"))  # another view of the same name
+        assert 12 in other.ask(ask(12, b"", "mine"))
+        assert 11 in other.ask(ask(11, b"", "mine"))
+        assert other.refused(ask(12, b"", "mine")) == "View not found"
         assert 12 in owner.ask(ask(12, b"", "mine"))
         assert 11 in owner.ask(ask(11, b"", "mine"))
-        assert 6 in other.ask(make(b"", "mine"))
-    wait_until(lambda: ours.health()["viewers"] == 0, 10)
-    with Raw(ours.url) as third:  # the name is free again
-        assert 6 in third.ask(make(b"", "mine"))
+        assert 6 in owner.ask(make(b"", "mine"))  # the name is free again
+
+
+def test_a_view_that_is_not_made_does_not_exist(ours):
+    with Raw(ours.url) as raw:
+        for number in (7, 1 << 32, (1 << 32) + 7):  # the engine takes 32 bits of a number
+            assert 50 in raw.ask(f(1, number) + f(2, "nope") + f(6, f(1, "v") + f(2, b"")))
+            assert raw.refused(ask(11, b"", "v")) == "View not found"
+        assert raw.works()
 
 
 def test_the_stock_handler_shares_views(stock):
@@ -506,7 +530,7 @@ WAYS = {
 @pytest.mark.parametrize("text", EXPRESSIONS, ids=lambda text: repr(text)[:40])
 def test_what_no_expression_may_have(text):
     with pytest.raises(perspective_server.Refused):
-        perspective_server.judge_config(computed(text))
+        perspective_server.judge_config(TABLE, computed(text))
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -545,7 +569,7 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_what_no_view_may_be(config):
     with pytest.raises((perspective_server.Refused, ValueError, TypeError, AttributeError)):
-        perspective_server.judge_config(config)
+        perspective_server.judge_config(TABLE, config)
 
 
 # --- Noise ----------------------------------------------------------------------------------------
@@ -703,10 +727,7 @@ def test_an_answer_too_large_for_memory(monkeypatch):
     monkeypatch.setattr(perspective_server, "MAX_CELLS", 1000)
     server = perspective.Server()
     server.new_local_client().table(ticks(500), name=TABLE)
-    session = perspective_server.LiveSession(server, lambda _: None)
-    session = perspective_server.LiveSession(server, answers.append)
-    session.session.close()
-    session.session = server.new_session(answers.append)
+    session = perspective_server.LiveSession(perspective_server.Views(server), answers.append)
     session.handle_request(make(shown("open", "close", "high")))
     for number in (16, 24, 25, 26, 36):
         for asked, fits in [
@@ -795,6 +816,28 @@ def test_ordinary_expressions_are_computed(ours, text):
         assert len(values) == 5 and None not in values
 
 
+def test_expressions_are_read_one_at_a_time(database, start):
+    """Two threads at a time in the engine's parser would end the process."""
+    server = start(Server, "--dsn", database.dsn, "--interval", 0.02)
+    start(Script, "producer.py", "--dsn", database.dsn, "--interval", 0.02)
+    server.wait_for_delivered(1000)
+
+    def write_expressions(number):
+        with Raw(server.url) as raw:
+            for i in range(40):
+                text = f'log("close" / "open") + {number * 1000 + i}'
+                if number % 2:
+                    answer = raw.ask(ask(41, f(1, shown("e") + computed(text))))
+                    assert b"rror" not in answer[41], answer
+                else:
+                    assert 6 in raw.ask(make(shown("e") + computed(text), f"v{i}"))
+                    assert 11 in raw.ask(ask(11, b"", f"v{i}"))
+
+    with ThreadPoolExecutor(8) as many:
+        list(many.map(write_expressions, range(8)))
+    assert server.process.poll() is None, server.output
+
+
 class Watcher(Viewer):
     """An ordinary viewer that notes when updates come."""
 
@@ -857,7 +900,6 @@ def memory(process):
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-@pytest.mark.xfail(reason="not always: memory or rhythm after a flood is an open question")
 def test_nobody_disturbs_the_others(database, start):
     server = start(Server, "--dsn", database.dsn, "--limit", 20_000)
     start(Script, "producer.py", "--dsn", database.dsn)
@@ -881,8 +923,7 @@ def test_nobody_disturbs_the_others(database, start):
         if sock:
             sock.close()
     wait_until(lambda: server.health()["viewers"] == 1, 20, "the others gone")
-    time.sleep(1)
-    assert memory(server.process) < before + 100
+    wait_until(lambda: memory(server.process) < before + 50, 20, "their memory back")
     assert "Traceback" not in server.output
 
 
@@ -911,13 +952,79 @@ def in_process(rows=100):
     http = asyncio.run_coroutine_threadsafe(listen(), loop).result(5)
     try:
         yield hub, port
-        wait_until(lambda: not hub.viewers and not hub.owners, 10, "all views released")
+        wait_until(lambda: not hub.viewers and not hub.views.users, 10, "all views released")
     finally:
         asyncio.run_coroutine_threadsafe(http.close_all_connections(), loop).result(5)
         loop.call_soon_threadsafe(http.stop)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+GROUPED = f(1, "client") + f(10, 1)  # flat, so there is nothing to fold
+
+
+def numbers(raw, view, number=24, body=b""):
+    """A view's data as Perspective's columns."""
+    return json.loads(dict(fields(raw.ask(ask(number, f(1, body), view))[number]))[1])
+
+
+def test_who_asks_for_the_same_shares_a_view():
+    with in_process() as (hub, port):
+        url = f"http://localhost:{port}"
+        table = hub.perspective_server.new_local_client().open_table(TABLE)
+        with Raw(url) as one, Raw(url) as two:
+            asked = GROUPED + shown("a", "b")
+            texts = computed('"open"', "a"), computed('"close"', "b")
+            assert 6 in one.ask(make(asked + texts[0] + texts[1], "v"))
+            assert 6 in two.ask(make(asked + texts[1] + texts[0], "w"))  # a map has no order
+            assert len(hub.views.names) == 1
+            assert numbers(one, "v") == numbers(two, "w")
+            one.send(ask(21, b"", "v", message_id=51))
+            two.send(ask(21, b"", "w", message_id=52))
+            two.send(ask(34, b"", "w", message_id=53))
+            assert 12 in one.ask(ask(12, b"", "v")) and 12 in two.ask(ask(12, b"", "w"))
+            table.update(ticks(10))
+            assert 21 in one.answer(51) and 21 in two.answer(52)
+            assert 11 in two.ask(ask(11, b"", "w"))
+            assert 34 in two.answer(53)  # its own has been deleted
+            assert len(hub.views.names) == 1
+            before = numbers(one, "v")
+            table.update(ticks(10))
+            assert 21 in one.answer(51)
+            assert numbers(one, "v") != before
+            assert two.works()
+            assert two.heard(52) == 0  # who has deleted a view hears no more of it
+            assert 6 in two.ask(make(f(1, "client"), "w"))
+            assert len(hub.views.names) == 2
+        wait_until(lambda: not hub.views.names)
+
+
+def test_what_somebody_folds_is_folded_for_that_one_alone():
+    with in_process() as (hub, port):
+        url = f"http://localhost:{port}"
+        with Raw(url) as one, Raw(url) as two:
+            for raw in (one, two):
+                assert 6 in raw.ask(make(f(1, "client") + f(1, "ticker")))
+            whole = numbers(one, "v")
+            assert 18 in one.ask(ask(18, f(1, 0), "v"))
+            assert len(numbers(one, "v")["open"]) == 1
+            assert numbers(two, "v") == whole
+            assert len(hub.views.names) == 2
+
+
+def test_the_number_of_different_views_is_limited(monkeypatch):
+    monkeypatch.setattr(perspective_server, "MAX_DIFFERENT", 2)
+    with in_process() as (hub, port):
+        url = f"http://localhost:{port}"
+        with Raw(url) as one, Raw(url) as two:
+            assert 6 in one.ask(make(b"", "a"))
+            assert 6 in one.ask(make(GROUPED, "b"))
+            assert "no more than 2 different views" in two.refused(make(shown("open"), "c"))
+            assert two.refused(ask(12, b"", "c")) == "View not found"
+            assert 6 in two.ask(make(GROUPED, "c"))  # is there
+            assert 11 in one.ask(ask(11, b"", "a"))
+            assert 6 in two.ask(make(shown("open"), "d"))
 
 
 def test_the_number_of_viewers_is_limited(monkeypatch):
@@ -939,8 +1046,8 @@ def test_who_answers_no_ping_is_gone(monkeypatch):
     with in_process() as (hub, port), Raw(f"http://localhost:{port}") as alive:
         dead = handshake(port)
         dead.sendall(frame(make(b"", "left behind")))
-        wait_until(lambda: len(hub.viewers) == 2 and hub.owners)
-        wait_until(lambda: len(hub.viewers) == 1 and not hub.owners, 10)
+        wait_until(lambda: len(hub.viewers) == 2 and hub.views.users)
+        wait_until(lambda: len(hub.viewers) == 1 and not hub.views.users, 10)
         time.sleep(0.5)
         assert alive.works()
         dead.close()
@@ -951,11 +1058,12 @@ def test_who_leaves_leaves_nothing(monkeypatch):
         for i in range(20):
             with Raw(f"http://localhost:{port}") as raw:
                 assert 6 in raw.ask(make(b"", f"v{i}"))
-        wait_until(lambda: not hub.owners)
+                [name] = hub.views.names.values()
+        wait_until(lambda: not hub.views.users)
         sent = []
         session = hub.perspective_server.new_session(lambda answer: sent.append(answer))
-        session.handle_request(ask(12, b"", "v3"))
-        assert 50 in dict(fields(sent[-1]))  # closing a session deletes its views in the engine
+        session.handle_request(ask(12, b"", name))
+        assert 50 in dict(fields(sent[-1]))  # who was the last takes the view along
         session.close()
 
 
