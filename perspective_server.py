@@ -94,16 +94,17 @@ WHERE active AND database = {database:String} AND table = {table:String}
 # one wide number, since comparing tuples takes five times as long.
 STAMP = "toUnixTimestamp64Milli(t.timestamp)"
 ARRIVAL = f"toInt128({STAMP}) * {10**18} + t._block_number * {10**9} + t._block_offset"
+NEWEST_FIRST = "timestamp DESC, _block_number DESC, _block_offset DESC"
 SUMMARY = f"""
 SELECT
     w.ticker AS ticker,
-    argMax(w.close, w.arrival) AS last,
-    toFloat64(last) / argMin(w.open, w.arrival) - 1 AS change,
-    max(w.high) AS high,
-    min(w.low) AS low,
+    toFloat64(argMax(w.close, w.arrival)) AS last,
+    last / argMin(w.open, w.arrival) - 1 AS change,
+    toFloat64(max(w.high)) AS high,
+    toFloat64(min(w.low)) AS low,
     toFloat64(sum(w.volume)) AS volume
 FROM (SELECT t.*, {ARRIVAL} AS arrival FROM {{source}} AS t
-      WHERE _block_number <= {{head}} ORDER BY timestamp DESC LIMIT {{limit}}) AS w
+      WHERE _block_number <= {{head}} ORDER BY {NEWEST_FIRST} LIMIT {{limit}}) AS w
 GROUP BY ticker ORDER BY ticker
 """
 SUMMARY_SHARE = 0.1  # of the time: over a large window it comes at a slower pace
@@ -252,7 +253,7 @@ class Tail:
             self.read(
                 f"SELECT {columns} FROM"
                 f" (SELECT {columns}, _block_number, _block_offset FROM {self.source}"
-                f"  WHERE _block_number <= {mark.head} ORDER BY timestamp DESC LIMIT {rows})"
+                f"  WHERE _block_number <= {mark.head} ORDER BY {NEWEST_FIRST} LIMIT {rows})"
                 " ORDER BY timestamp, _block_number, _block_offset"
             )
             for rows in (self.limit, self.newest)

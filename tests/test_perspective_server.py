@@ -426,7 +426,7 @@ def lines(database, limit=100_000):
                 argMax(toFloat64(close), arrival) / argMin(open, arrival) - 1 AS change,
                 max(high) AS high, min(low) AS low, sum(volume) AS volume
             FROM (SELECT *, _block_number, _block_offset FROM {database.name}.stock_values
-                  ORDER BY timestamp DESC LIMIT {limit})
+                  ORDER BY timestamp DESC, _block_number DESC, _block_offset DESC LIMIT {limit})
             GROUP BY ticker
         """).to_pylist()
     return {row.pop("ticker"): row for row in rows}
