@@ -118,6 +118,7 @@ ARROW = {"output_format_arrow_low_cardinality_as_dictionary": 1, "max_block_size
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 RECORD_BATCH = 3
 GONE = {60, 81, 218}  # ClickHouse's errors for a table or database that was dropped meanwhile
+REST = 0.05  # seconds
 QUIET = 60  # seconds without a change, after which the next one is worth a line in the log
 
 
@@ -324,7 +325,7 @@ class Tail:
             self.tell(state, error)
             if state == "up":
                 # A long poll is followed by a rest: Perspective has viewers to answer, too.
-                pause, wait = 0, max(self.interval - took, took / 2)
+                pause, wait = 0, max(self.interval - took, min(took / 2, REST))
             elif producer.is_fatal(error):
                 wait = pause = LONGEST_PAUSE
             else:
@@ -999,7 +1000,7 @@ class LiveSession:
             del self.holds[entity]
             hold.close()
             self.answer(head + field(DELETE_VIEW, b""))
-        elif number in DATA and self.cells(hold.name, body) > MAX_CELLS:
+        elif number in DATA and not self.fits(hold.name, body):
             text = f"more than {MAX_CELLS:,} cells at once: ask for fewer rows or columns"
             self.answer(refusal(message, text))
         else:
@@ -1014,13 +1015,19 @@ class LiveSession:
             return field(SERVER_ERROR, error.args[0])
         return field(MAKE_VIEW, field(1, view))
 
-    def cells(self, name, request):
-        """How many rows times columns of a view are asked for."""
-        size = dict(fields(self.ruler.ask(name, SIZE)[SIZE]))
+    def fits(self, name, request):
+        """Whether what is asked of a view is few enough rows times columns."""
         window = dict(fields(part(request, 1)))
-        rows = min(size.get(3, 0), window.get(3, 1 << 31)) - window.get(1, 0)
-        columns = min(size.get(4, 0), window.get(4, 1 << 31)) - window.get(2, 0)
-        return max(0, rows) * max(0, columns)
+
+        def cells(rows, columns):
+            rows = min(rows, window.get(3, rows)) - window.get(1, 0)
+            columns = min(columns, window.get(4, columns)) - window.get(2, 0)
+            return max(0, rows) * max(0, columns)
+
+        if cells(1 << 31, 1 << 31) <= MAX_CELLS:
+            return True
+        size = dict(fields(self.ruler.ask(name, SIZE)[SIZE]))
+        return cells(size.get(3, 0), size.get(4, 0)) <= MAX_CELLS
 
     def close(self):
         for hold in self.holds.values():

@@ -67,11 +67,10 @@ DASHBOARD = {
         "group_rollup_mode": "flat",
         "expressions": {
             "time": 'datetime(bucket(float("timestamp"), 2000))',
-            "price": '"open"',
         },
-        "columns": ["price", "close", "high", "low"],
+        "columns": ["open", "close", "high", "low"],
         "aggregates": {
-            "price": ["min by", ["timestamp"]],
+            "open": ["min by", ["timestamp"]],
             "close": ["max by", ["timestamp"]],
             "high": "max",
             "low": "min",

@@ -15,11 +15,13 @@ is that a session remembers nothing: SET and temporary tables end with their req
 
 import argparse
 import asyncio
+import contextlib
 import json
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 import zlib
 from base64 import b64decode
@@ -187,18 +189,22 @@ class Engine:
                     connection.query("SET " + ", ".join(pairs))
             if database:
                 connection.query("USE `" + database.replace("`", "\\`") + "`")
-            if data is None:
+            with contextlib.ExitStack() as stack:
+                if data is not None:
+                    # By way of a file: chDB's own inserter does not tell when the data could be
+                    # read and not be stored.
+                    file = stack.enter_context(tempfile.NamedTemporaryFile())
+                    file.write(data)
+                    file.flush()
+                    source = f" FROM INFILE '{file.name}' "
+                    sql = re.sub(r"(?=SETTINGS\s|$)", source, sql, count=1)
+                    sql = f"{sql} FORMAT {output_format}"
                 result = connection.query(sql, output_format, params=params)
                 return result.bytes(), summary(
                     *(result.rows_read(), result.bytes_read()),
                     *(result.rows_written(), result.bytes_written()),
                     result.elapsed(),
                 )
-            # chDB wants the format of the data beside the statement, not in it.
-            insert = connection.send_insert(sql, output_format)
-            insert.append(data)
-            done = insert.finish()
-            return b"", summary(0, 0, done.rows_written, done.bytes_written, done.elapsed)
         except Exception as error:
             failure = failure_from(error)
             # For the engine, whoever asks is its user `default`.

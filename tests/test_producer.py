@@ -576,6 +576,23 @@ def test_ticks_are_not_drawn_while_clickhouse_is_away(produce, database, proxy):
     assert database.command(f"SELECT count() FROM stock_values WHERE {inside}") == 0
 
 
+def test_a_full_disk_is_waited_for(produce, database):
+    """ClickHouse wants more room to be left than there is, as it does on a disk that is full."""
+    script = produce(database.dsn, "--interval", 0.02, "--rows", 40, "--seed", 15)
+    until(lambda: exists(database) and database.count())
+    room = "min_free_disk_bytes_to_perform_insert"
+    database.command(f"ALTER TABLE stock_values MODIFY SETTING {room} = {10**17}")
+    script.wait_for("ClickHouse is away (")
+    before = database.count()
+    time.sleep(0.5)
+    assert database.count() == before
+    assert "free space" in script.output
+    database.command(f"ALTER TABLE stock_values RESET SETTING {room}")
+    script.wait_for("ClickHouse is back")
+    assert script.stop() == 0
+    assert stored(database) == drawn(15, 40, written(script) // 40)
+
+
 def test_a_table_that_is_dropped_is_created_again(produce, database):
     script = produce(database.dsn, "--interval", 0.05, "--rows", 10)
     until(lambda: exists(database) and database.count())

@@ -419,7 +419,7 @@ def test_candles_and_tickers_agree_with_sql(site, visit):
     assert [path[0] for path in candles["__ROW_PATH__"]] == [bucket[0] for bucket in buckets]
     assert len(buckets) >= 3
     for i, (_, opens, high, low, closes) in enumerate(buckets):
-        assert candles["price"][i] in opens and candles["close"][i] in closes
+        assert candles["open"][i] in opens and candles["close"][i] in closes
         assert (candles["high"][i], candles["low"][i]) == (high, low)
 
     assert tickers["ticker"] == [row[0] for row in by_ticker]
