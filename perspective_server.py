@@ -761,125 +761,10 @@ class Guard:
 
 
 # ---------------------------------------------------------------------------------------------
-# The handlers. All of them answer only to the host names that the server is meant to have: a
-# foreign name pointed at this address (DNS rebinding) would make a foreign page look like ours.
-
-HERE = Path(__file__).parent
-PAGE = HERE / "prsp-viewer.html"
-# The browser build that matches the engine to the digit comes in the wheel of perspective-python.
-BROWSER_BUILD = Path(perspective.__file__).parent / "widget" / "static"
-LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-
-
-class Hub:
-    """What the handlers share: tail, archive, Perspective server, and the viewers that are there.
-
-    `address` is where the server listens; `origins` are the pages that may connect besides the
-    server's own, with "null" for a page from disk.
-    """
-
-    def __init__(self, tail, archive, perspective_server, address, origins):
-        self.tail, self.archive = tail, archive
-        self.perspective_server, self.views = perspective_server, Views(perspective_server)
-        self.origins = set(origins)
-        self.hosts = LOOPBACK | {address} | {urlsplit(origin).hostname for origin in origins}
-        self.everywhere = address in ("", "0.0.0.0", "::")
-        self.viewers, self.left = set(), False  # whether any has left lately
-        self.executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="viewers")
-
-    def knows_host(self, host):
-        name = (urlsplit(f"//{host}").hostname or "").lower()
-        if self.everywhere and name not in self.hosts:
-            with contextlib.suppress(ValueError):
-                return bool(ipaddress.ip_address(name))  # no name, so nobody can point it here
-        return name in self.hosts
-
-    def knows_origin(self, origin, host):
-        return origin in self.origins or origin == f"http://{host}"
-
-
-class Ours:
-    """Mixin of all handlers: the host is known, and other origins get what they may have."""
-
-    hub = None
-    stranger = 404
-
-    def initialize(self, hub):
-        self.hub = hub
-
-    def prepare(self):
-        try:
-            known = self.hub.knows_host(self.request.host)
-        except ValueError:
-            known = False
-        if not known:
-            self.set_status(self.stranger)
-            self.finish(f"{self.stranger}: this server does not have that name\n")
-            return
-        origin = self.request.headers.get("Origin")
-        if origin and self.hub.knows_origin(origin, self.request.host):
-            self.set_header("Access-Control-Allow-Origin", origin)
-
-    def set_default_headers(self):
-        self.set_header("X-Content-Type-Options", "nosniff")
-        self.set_header("Vary", "Origin")
-
-
-class NotFound(Ours, RequestHandler):
-    """Everything that is not in the table of routes."""
-
-    def prepare(self):
-        super().prepare()
-        if not self._finished:
-            self.send_error(404)
-
-    def write_error(self, status, **_):
-        self.set_header("Content-Type", "text/plain")
-        self.finish(f"{status}\n")
-
-
-class Page(Ours, RequestHandler):
-    """The page, with a policy that allows its own script and what Perspective needs."""
-
-    def get(self):
-        page = PAGE.read_bytes()
-        [script] = re.findall(rb"<script[^>]*>(.*?)</script>", page, re.DOTALL)
-        checksum = base64.b64encode(hashlib.sha256(script).digest()).decode()
-        self.set_header("Content-Type", "text/html; charset=utf-8")
-        self.set_header("Cache-Control", "no-cache")
-        self.set_header(
-            "Content-Security-Policy",
-            "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
-            # The second checksum is that of an input handler in Perspective's filter field.
-            f" script-src 'self' blob: 'wasm-unsafe-eval' 'unsafe-hashes' 'sha256-{checksum}'"
-            " 'sha256-ql0fd2+U9UEu870FX0Rf6Z8yqUKlNLSDxPI1ipIxack=';"
-            " style-src 'self' 'unsafe-inline'; img-src data:; connect-src 'self'",
-        )
-        self.finish(page)
-
-    head = get
-
-
-class BrowserBuild(Ours, StaticFileHandler):
-    """The two files of Perspective's browser build; browsers ask again whether they changed."""
-
-    def initialize(self, hub):
-        Ours.initialize(self, hub)
-        StaticFileHandler.initialize(self, path=str(BROWSER_BUILD))
-
-    def set_extra_headers(self, path):
-        self.set_header("Cache-Control", "no-cache")
-
-
-class Health(Ours, RequestHandler):
-    """How the tail is doing, as JSON; 503 while ClickHouse is away."""
-
-    def get(self):
-        health = self.hub.tail.health()
-        self.set_status(200 if health["clickhouse"] == "up" else 503)
-        self.set_header("Cache-Control", "no-store")
-        live = [viewer for viewer in self.hub.viewers if not isinstance(viewer, HistoryViewer)]
-        self.finish(health | {"viewers": len(live)})
+# The sessions. The engine brings every view up to date at every update, whoever looks at it. So
+# viewers who ask for the same share one view: fifty viewers of one dashboard cost the engine little
+# more than one. The engine knows views by names of ours; by a viewer's own name it would let any
+# session read or delete another's.
 
 
 class Direct:
@@ -895,12 +780,13 @@ class Direct:
         return dict(fields(self.answers.pop()))
 
 
+class EngineError(Exception):
+    """The engine refuses. The argument is its error, as a protobuf message."""
+
+
 class Views:
-    """The views of all viewers. The engine brings every view up to date at every update, so those
-    who ask for the same share one: fifty viewers of one dashboard cost it little more than one.
-    And the engine knows views by names of ours: it would let any session read or delete any.
-    `lock` is held while the engine reads expressions: it ends the process if two threads do that
-    at a time (seen with version 5.6.1)."""
+    """The views of all viewers, by what was asked for. `lock` is held while the engine reads
+    expressions: it ends the process if two threads do that at a time (seen with version 5.6.1)."""
 
     def __init__(self, server):
         self.server, self.engine = server, Direct(server)
@@ -935,10 +821,6 @@ class Views:
             if not self.users[key]:
                 del self.users[key]
                 self.engine.ask(self.names.pop(key), DELETE_VIEW)
-
-
-class EngineError(Exception):
-    """The engine refuses. The argument is its error, as a protobuf message."""
 
 
 class Hold:
@@ -1036,6 +918,128 @@ class LiveSession:
         self.ruler.session.close()
 
 
+# ---------------------------------------------------------------------------------------------
+# The handlers. All of them answer only to the host names that the server is meant to have: a
+# foreign name pointed at this address (DNS rebinding) would make a foreign page look like ours.
+
+HERE = Path(__file__).parent
+PAGE = HERE / "prsp-viewer.html"
+# The browser build that matches the engine to the digit comes in the wheel of perspective-python.
+BROWSER_BUILD = Path(perspective.__file__).parent / "widget" / "static"
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+class Hub:
+    """What the handlers share: tail, archive, Perspective server, and the viewers that are there.
+
+    `address` is where the server listens; `origins` are the pages that may connect besides the
+    server's own, with "null" for a page from disk.
+    """
+
+    def __init__(self, tail, archive, perspective_server, address, origins):
+        self.tail, self.archive = tail, archive
+        self.perspective_server, self.views = perspective_server, Views(perspective_server)
+        self.origins = set(origins)
+        self.hosts = LOOPBACK | {address} | {urlsplit(origin).hostname for origin in origins}
+        self.everywhere = address in ("", "0.0.0.0", "::")
+        self.viewers = set()
+        self.executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="viewers")
+
+    def knows_host(self, host):
+        name = (urlsplit(f"//{host}").hostname or "").lower()
+        if self.everywhere and name not in self.hosts:
+            with contextlib.suppress(ValueError):
+                return bool(ipaddress.ip_address(name))  # no name, so nobody can point it here
+        return name in self.hosts
+
+    def knows_origin(self, origin, host):
+        return origin in self.origins or origin == f"http://{host}"
+
+
+class Ours:
+    """Mixin of all handlers: the host is known, and other origins get what they may have."""
+
+    hub = None
+    stranger = 404
+
+    def initialize(self, hub):
+        self.hub = hub
+
+    def prepare(self):
+        try:
+            known = self.hub.knows_host(self.request.host)
+        except ValueError:
+            known = False
+        if not known:
+            self.set_status(self.stranger)
+            self.finish(f"{self.stranger}: this server does not have that name\n")
+            return
+        origin = self.request.headers.get("Origin")
+        if origin and self.hub.knows_origin(origin, self.request.host):
+            self.set_header("Access-Control-Allow-Origin", origin)
+
+    def set_default_headers(self):
+        self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Vary", "Origin")
+
+
+class NotFound(Ours, RequestHandler):
+    """Everything that is not in the table of routes."""
+
+    def prepare(self):
+        super().prepare()
+        if not self._finished:
+            self.send_error(404)
+
+    def write_error(self, status, **_):
+        self.set_header("Content-Type", "text/plain")
+        self.finish(f"{status}\n")
+
+
+class Page(Ours, RequestHandler):
+    """The page, with a policy that allows its own script and what Perspective needs."""
+
+    def get(self):
+        page = PAGE.read_bytes()
+        [script] = re.findall(rb"<script[^>]*>(.*?)</script>", page, re.DOTALL)
+        checksum = base64.b64encode(hashlib.sha256(script).digest()).decode()
+        self.set_header("Content-Type", "text/html; charset=utf-8")
+        self.set_header("Cache-Control", "no-cache")
+        self.set_header(
+            "Content-Security-Policy",
+            "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+            # The second checksum is that of an input handler in Perspective's filter field.
+            f" script-src 'self' blob: 'wasm-unsafe-eval' 'unsafe-hashes' 'sha256-{checksum}'"
+            " 'sha256-ql0fd2+U9UEu870FX0Rf6Z8yqUKlNLSDxPI1ipIxack=';"
+            " style-src 'self' 'unsafe-inline'; img-src data:; connect-src 'self'",
+        )
+        self.finish(page)
+
+    head = get
+
+
+class BrowserBuild(Ours, StaticFileHandler):
+    """The two files of Perspective's browser build; browsers ask again whether they changed."""
+
+    def initialize(self, hub):
+        Ours.initialize(self, hub)
+        StaticFileHandler.initialize(self, path=str(BROWSER_BUILD))
+
+    def set_extra_headers(self, path):
+        self.set_header("Cache-Control", "no-cache")
+
+
+class Health(Ours, RequestHandler):
+    """How the tail is doing, as JSON; 503 while ClickHouse is away."""
+
+    def get(self):
+        health = self.hub.tail.health()
+        self.set_status(200 if health["clickhouse"] == "up" else 503)
+        self.set_header("Cache-Control", "no-store")
+        live = [viewer for viewer in self.hub.viewers if not isinstance(viewer, HistoryViewer)]
+        self.finish(health | {"viewers": len(live)})
+
+
 class Viewer(Ours, PerspectiveTornadoHandler):
     """One viewer's Perspective session, behind the guard.
 
@@ -1087,7 +1091,7 @@ class Viewer(Ours, PerspectiveTornadoHandler):
                 await self.take(message)
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self.executor, self.session.close)
-        self.session, self.hub.left = None, True
+        self.session = None
 
     async def take(self, message):
         answer = self.guard.check(message)
@@ -1791,7 +1795,7 @@ async def serve(hub, sockets, producing, ended):
     server = HTTPServer(make_app(hub), max_body_size=1 << 16, idle_connection_timeout=60)
     server.add_sockets(sockets)
 
-    trimming = asyncio.create_task(give_memory_back(hub))
+    trimming = asyncio.create_task(give_memory_back())
     while not ended.is_set() and not hub.tail.error and not (producing and producing.error):
         await asyncio.sleep(0.1)
     trimming.cancel()
@@ -1806,15 +1810,14 @@ async def serve(hub, sockets, producing, ended):
     logging.getLogger("tornado.application").disabled = True
 
 
-async def give_memory_back(hub):
-    """After viewers have left. The C library would keep what they had for the process's threads."""
+async def give_memory_back():
+    """What viewers had who are gone, or a window that was read anew: the C library would keep it
+    for the process's many threads."""
     with contextlib.suppress(AttributeError):  # only glibc has it
         trim = ctypes.CDLL(None).malloc_trim
         while True:
-            await asyncio.sleep(5)
-            if hub.left:
-                hub.left = False
-                await asyncio.get_running_loop().run_in_executor(hub.executor, trim, 0)
+            await asyncio.sleep(10)
+            await asyncio.get_running_loop().run_in_executor(None, trim, 0)
 
 
 def port(text):
