@@ -261,8 +261,10 @@ class Tail:
         )
         first = TABLE not in self.tables
         self.mark = None
+        if TICKERS not in self.tables:
+            self.put(TICKERS, TICKERS_COLUMNS, index="ticker")
         self.put(NEWEST, newest, limit=self.newest)
-        self.put(TABLE, window, limit=self.limit)
+        self.put(TABLE, window, limit=self.limit)  # the last one: who finds it finds all three
         if first:
             self.stamps = self.tables[NEWEST].view(columns=["timestamp"])
         self.rows = self.tables[TABLE].size()
@@ -277,9 +279,6 @@ class Tail:
         sql = SUMMARY.format(source=self.source, head=mark.head, limit=self.limit)
         # In JSON what is no finite number is null.
         lines = json.loads(self.client.raw_query(sql, fmt="JSONColumns", settings=TAIL))
-        if TICKERS not in self.tables:
-            table = self.perspective.table(TICKERS_COLUMNS, name=TICKERS, index="ticker")
-            self.tables[TICKERS] = table
         if lines["ticker"]:
             self.tables[TICKERS].update(lines)
         gone = self.tickers - set(lines["ticker"])
@@ -290,7 +289,8 @@ class Tail:
         self.summary_due = now + (now - began) * (1 / SUMMARY_SHARE - 1)
 
     def put(self, name, rows, **options):
-        """Make an Arrow stream's rows the content of a Perspective table."""
+        """Make an Arrow stream's rows the content of a Perspective table, which is made if it is
+        not there; that may be of a schema, too."""
         if name in self.tables:
             self.tables[name].replace(rows)
         else:
