@@ -1816,7 +1816,7 @@ async def give_memory_back():
     with contextlib.suppress(AttributeError):  # only glibc has it
         trim = ctypes.CDLL(None).malloc_trim
         while True:
-            await asyncio.sleep(10)
+            await asyncio.sleep(20)
             await asyncio.get_running_loop().run_in_executor(None, trim, 0)
 
 
