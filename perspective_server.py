@@ -168,7 +168,7 @@ class Tail:
         self.interval, self.limit = interval, limit
         self.stop = threading.Event()
         self.newest = min(NEWEST_TICKS, limit)
-        self.client = self.mark = self.summed = self.error = None
+        self.client = self.mark = self.summed = self.stamps = self.error = None
         self.tables = {}  # of Perspective, by name
         self.summary_due = 0
         self.tickers = set()
@@ -264,9 +264,9 @@ class Tail:
         if TICKERS not in self.tables:
             self.put(TICKERS, TICKERS_COLUMNS, index="ticker")
         self.put(NEWEST, newest, limit=self.newest)
-        self.put(TABLE, window, limit=self.limit)  # the last one: who finds it finds all three
-        if first:
+        if self.stamps is None:
             self.stamps = self.tables[NEWEST].view(columns=["timestamp"])
+        self.put(TABLE, window, limit=self.limit)  # the last one: who finds it finds all three
         self.rows = self.tables[TABLE].size()
         if not first:
             self.tell_change()

@@ -1000,6 +1000,29 @@ def test_who_asks_for_the_same_shares_a_view():
         wait_until(lambda: not hub.views.names)
 
 
+def test_a_subscription_ends_with_its_hold_also_in_the_engine(monkeypatch):
+    """Closing a session would leave it there for as long as others hold the view."""
+    server, came = perspective.Server(), []
+    table = server.new_local_client().table(ticks(10), name=TABLE)
+    views = perspective_server.Views(server)
+    one, two = (perspective_server.Hold(views, came.append, TABLE.encode(), b"") for _ in "ab")
+    monkeypatch.setattr(two, "hear", came.append)
+    two.session.close()
+    two.session = server.new_session(came.append)
+    two.handle_request(5, 21, b"")
+    table.update(ticks(10))
+    assert [dict(fields(answer))[1] for answer in came] == [5]
+    open_session = two.session
+    two.session = SimpleNamespace(handle_request=two.session.handle_request, close=lambda: None)
+    two.close()
+    came.clear()
+    table.update(ticks(10))
+    assert came == []
+    open_session.close()
+    one.close()
+    assert not views.names
+
+
 def test_what_somebody_folds_is_folded_for_that_one_alone():
     with in_process() as (hub, port):
         url = f"http://localhost:{port}"
