@@ -54,14 +54,19 @@ log = logging.getLogger("perspective_server")
 # parts have grown by. If not, something other than an insert happened (rows deleted, a table
 # truncated or recreated), and the window is read anew.
 #
-# Two small tables stand beside the live one, since Perspective would sort and scan the whole window
-# at each update: the newest ticks, and a line for each ticker, which ClickHouse aggregates.
+# Three small tables stand beside the live one, since Perspective would sort and scan the whole
+# window at each update: the newest ticks, and two that ClickHouse aggregates, with a line for each
+# ticker and with its candles. There, candle number 0 is the newest, and older ones count downwards.
 
 NEWEST, NEWEST_TICKS = f"{TABLE}_newest", 1000
-TICKERS = f"{TABLE}_tickers"
+TICKERS, CANDLES = f"{TABLE}_tickers", f"{TABLE}_candles"
 TICKERS_COLUMNS = {"ticker": "string"} | dict.fromkeys(
     ("last", "change", "high", "low", "volume"), "float"
 )
+CANDLES_COLUMNS = {"number": "integer", "time": "datetime", "ticker": "string"} | dict.fromkeys(
+    ("open", "high", "low", "close", "volume"), "float"
+)
+CANDLE, MOST_CANDLES = 2, 500  # seconds; of each ticker
 
 
 class Mark(NamedTuple):
@@ -95,19 +100,24 @@ WHERE active AND database = {database:String} AND table = {table:String}
 STAMP = "toUnixTimestamp64Milli(t.timestamp)"
 ARRIVAL = f"toInt128({STAMP}) * {10**18} + t._block_number * {10**9} + t._block_offset"
 NEWEST_FIRST = "timestamp DESC, _block_number DESC, _block_offset DESC"
+# First the tickers, whose time is null, then the candles.
 SUMMARY = f"""
 SELECT
+    toUnixTimestamp(toStartOfInterval(w.timestamp, INTERVAL {CANDLE} SECOND)) * 1000 AS time,
     w.ticker AS ticker,
-    toFloat64(argMax(w.close, w.arrival)) AS last,
-    last / argMin(w.open, w.arrival) - 1 AS change,
+    toFloat64(argMin(w.open, w.arrival)) AS open,
     toFloat64(max(w.high)) AS high,
     toFloat64(min(w.low)) AS low,
+    toFloat64(argMax(w.close, w.arrival)) AS close,
+    close / open - 1 AS change,
     toFloat64(sum(w.volume)) AS volume
 FROM (SELECT t.*, {ARRIVAL} AS arrival FROM {{source}} AS t
       WHERE _block_number <= {{head}} ORDER BY {NEWEST_FIRST} LIMIT {{limit}}) AS w
-GROUP BY ticker ORDER BY ticker
+GROUP BY GROUPING SETS ((ticker), (ticker, time))
+ORDER BY time DESC NULLS FIRST, ticker LIMIT {MOST_CANDLES + 1} BY ticker
+SETTINGS group_by_use_nulls = 1
 """
-SUMMARY_SHARE = 0.1  # of the time: over a large window it comes at a slower pace
+SUMMARY_SHARE = 0.2  # of the time: over a large window it comes at a slower pace
 PIECE = 5000  # rows handed over at once: Perspective's time grows with their square
 # Rows stamped up to so long before the last poll are looked for at first, since the primary key
 # leads to them; then those up to ten minutes before; then all.
@@ -154,8 +164,8 @@ def pieces(arrow):
 
 class Tail:
     """Keeps the newest `limit` rows of the table in the Perspective table of the same name, the
-    newest thousand in another, and in a third for each ticker the window's last price, the change
-    since its first (0.01 is 1 %), high, low and volume.
+    newest thousand in another, in a third for each ticker the window's last price, the change since
+    its first (0.01 is 1 %), high, low and volume, and in a fourth the window as candles.
 
     `run` polls every `interval` seconds until `stop` is set; it is meant for a thread of its own.
     `error` is set if the table cannot be worked with from the start.
@@ -171,7 +181,7 @@ class Tail:
         self.client = self.mark = self.summed = self.stamps = self.error = None
         self.tables = {}  # of Perspective, by name
         self.summary_due = 0
-        self.tickers = set()
+        self.keys = {}  # what identifies the lines of an aggregated table, by its name
         self.polled = 0  # ms: when the last poll that succeeded began
         self.clickhouse, self.said = "down", (None, None)
         self.rows = self.delivered = 0
@@ -261,12 +271,14 @@ class Tail:
         )
         first = TABLE not in self.tables
         self.mark = None
-        if TICKERS not in self.tables:
+        if not self.keys:
             self.put(TICKERS, TICKERS_COLUMNS, index="ticker")
+            self.put(CANDLES, CANDLES_COLUMNS, index="number")
+            self.keys = {TICKERS: set(), CANDLES: set()}
         self.put(NEWEST, newest, limit=self.newest)
         if self.stamps is None:
             self.stamps = self.tables[NEWEST].view(columns=["timestamp"])
-        self.put(TABLE, window, limit=self.limit)  # the last one: who finds it finds all three
+        self.put(TABLE, window, limit=self.limit)  # the last one: who finds it finds all
         self.rows = self.tables[TABLE].size()
         if not first:
             self.tell_change()
@@ -274,19 +286,31 @@ class Tail:
         self.mark = mark
 
     def summarize(self, mark):
-        """Have ClickHouse aggregate the window by ticker."""
+        """Have ClickHouse aggregate the window, by ticker and in candles."""
         began = time.monotonic()
         sql = SUMMARY.format(source=self.source, head=mark.head, limit=self.limit)
         # In JSON what is no finite number is null.
-        lines = json.loads(self.client.raw_query(sql, fmt="JSONColumns", settings=TAIL))
-        if lines["ticker"]:
-            self.tables[TICKERS].update(lines)
-        gone = self.tickers - set(lines["ticker"])
-        if gone:
-            self.tables[TICKERS].remove(list(gone))
-        self.tickers = set(lines["ticker"])
+        columns = json.loads(self.client.raw_query(sql, fmt="JSONColumns", settings=TAIL))
+        tickers = columns["time"].count(None)
+        candles = {name: column[tickers:] for name, column in columns.items()}
+        candles["number"] = [-i for i in range(len(candles["time"]))]
+        columns["last"] = columns["close"]
+        self.fill(TICKERS, {name: columns[name][:tickers] for name in TICKERS_COLUMNS}, "ticker")
+        self.fill(CANDLES, {name: candles[name] for name in CANDLES_COLUMNS}, "number")
         self.summed, now = mark, time.monotonic()
         self.summary_due = now + (now - began) * (1 / SUMMARY_SHARE - 1)
+
+    def fill(self, name, columns, index):
+        """Make columns the content of an aggregated table. As `replace` would, but nobody sees the
+        table empty, and old keys serve again (Perspective does not forget the memory of a key)."""
+        keys = self.keys[name]
+        if columns[index]:
+            keys.update(columns[index])
+            self.tables[name].update(columns)
+        gone = keys.difference(columns[index])
+        if gone:
+            self.tables[name].remove(list(gone))
+            keys -= gone
 
     def put(self, name, rows, **options):
         """Make an Arrow stream's rows the content of a Perspective table, which is made if it is
@@ -512,11 +536,16 @@ AGGREGATIONS = {
 LARGEST = 1e15  # of a filter's numbers: the engine makes dates of them
 
 
-COLUMNS_OF = {TABLE: COLUMNS, NEWEST: COLUMNS, TICKERS: TICKERS_COLUMNS}
+COLUMNS_OF = {
+    TABLE: COLUMNS,
+    NEWEST: COLUMNS,
+    TICKERS: TICKERS_COLUMNS,
+    CANDLES: CANDLES_COLUMNS,
+}
 
 
 def columns_of(*kinds):
-    every = TICKERS_COLUMNS | COLUMNS
+    every = TICKERS_COLUMNS | CANDLES_COLUMNS | COLUMNS
     return "|".join(name for name, kind in every.items() if any(k in kind.lower() for k in kinds))
 
 

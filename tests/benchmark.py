@@ -61,20 +61,12 @@ DASHBOARD = {
         "sort": [["timestamp", "desc"]],
     },
     "candles": {
-        "table": LIVE,
+        "table": perspective_server.CANDLES,
         "filter": [["ticker", "==", "AAPL.N"]],
         "group_by": ["time"],
         "group_rollup_mode": "flat",
-        "expressions": {
-            "time": 'datetime(bucket(float("timestamp"), 2000))',
-        },
         "columns": ["open", "close", "high", "low"],
-        "aggregates": {
-            "open": ["min by", ["timestamp"]],
-            "close": ["max by", ["timestamp"]],
-            "high": "max",
-            "low": "min",
-        },
+        "aggregates": {"open": "first", "close": "last", "high": "max", "low": "min"},
     },
     "volume": {
         "table": LIVE,

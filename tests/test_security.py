@@ -47,7 +47,7 @@ import producer
 from perspective_server import fields
 
 TABLE = "stock_values"
-TABLES = {TABLE, f"{TABLE}_newest", f"{TABLE}_tickers"}
+TABLES = {TABLE, f"{TABLE}_newest", f"{TABLE}_tickers", f"{TABLE}_candles"}
 
 # --- Messages by hand -----------------------------------------------------------------------------
 
