@@ -54,6 +54,10 @@ log = logging.getLogger("perspective_server")
 # parts have grown by. If not, something other than an insert happened (rows deleted, a table
 # truncated or recreated), and the window is read anew.
 #
+# The live table is a ring: a new row takes the place of the oldest. ClickHouse numbers the places,
+# and they are the table's index, of which viewers see nothing. Perspective's own `limit` would do
+# it by removing and inserting, which takes time that grows with the square of the rows.
+#
 # Three small tables stand beside the live one, since Perspective would sort and scan the whole
 # window at each update: the newest ticks, and two that ClickHouse aggregates, with a line for each
 # ticker and with its candles. There, candle number 0 is the newest, and older ones count downwards.
@@ -118,7 +122,8 @@ ORDER BY time DESC NULLS FIRST, ticker LIMIT {MOST_CANDLES + 1} BY ticker
 SETTINGS group_by_use_nulls = 1
 """
 SUMMARY_SHARE = 0.2  # of the time: over a large window it comes at a slower pace
-PIECE = 5000  # rows handed over at once: Perspective's time grows with their square
+PLACES = {TABLE: "place", NEWEST: "newest place"}
+PIECE = 2500  # rows in each record batch of an Arrow stream
 # Rows stamped up to so long before the last poll are looked for at first, since the primary key
 # leads to them; then those up to ten minutes before; then all.
 LATE_MS = 10_000, 600_000
@@ -177,7 +182,8 @@ class Tail:
         self.source = producer.full_name(self.database)
         self.interval, self.limit = interval, limit
         self.stop = threading.Event()
-        self.newest = min(NEWEST_TICKS, limit)
+        self.sizes = {TABLE: limit, NEWEST: min(NEWEST_TICKS, limit)}  # of the rings
+        self.placed = dict.fromkeys(self.sizes, 0)  # rows that went into them
         self.client = self.mark = self.summed = self.stamps = self.error = None
         self.tables = {}  # of Perspective, by name
         self.summary_due = 0
@@ -224,16 +230,14 @@ class Tail:
         grown = mark.rows - old.rows
         bounds = [f"timestamp >= fromUnixTimestamp64Milli({self.polled - ms})" for ms in LATE_MS]
         for bound in [*bounds, "true"]:
-            cut = list(
-                pieces(
-                    self.read(
-                        f"SELECT {', '.join(COLUMNS)} FROM {self.source} WHERE {bound}"
-                        f" AND _block_number > {old.head} AND _block_number <= {mark.head}"
-                        " ORDER BY _block_number, _block_offset"
-                        f" LIMIT {self.limit + 1} OFFSET {max(0, grown - self.limit)}"
-                    )
-                )
+            arrow = self.read(
+                f"SELECT *, {self.place(TABLE)}, {self.place(NEWEST)}"
+                f" FROM (SELECT {', '.join(COLUMNS)} FROM {self.source} WHERE {bound}"
+                f" AND _block_number > {old.head} AND _block_number <= {mark.head}"
+                " ORDER BY _block_number, _block_offset"
+                f" LIMIT {self.limit + 1} OFFSET {max(0, grown - self.limit)})"
             )
+            cut = list(pieces(arrow))
             came = sum(rows for rows, _ in cut)
             if came == min(grown, self.limit):
                 break
@@ -242,14 +246,16 @@ class Tail:
         if came:
             # If Perspective fails half-way, only a fresh window is sure to be right.
             self.mark = None
-            for _, piece in cut:
-                self.tables[TABLE].update(piece)
+            self.tables[TABLE].update(arrow)
             newest = len(cut)
-            while newest and sum(rows for rows, _ in cut[newest:]) < self.newest:
+            while newest and sum(rows for rows, _ in cut[newest:]) < self.sizes[NEWEST]:
                 newest -= 1
             for _, piece in cut[newest:]:
                 self.tables[NEWEST].update(piece)
+            self.placed = {name: placed + came for name, placed in self.placed.items()}
             self.rows = self.tables[TABLE].size()
+            if self.rows != min(self.placed[TABLE], self.limit):
+                return False
             self.delivered += came
             self.lag_ms = round(time.time() * 1000 - self.stamps.get_min_max("timestamp")[1])
             self.count_arrival(came)
@@ -260,25 +266,25 @@ class Tail:
         """Make the newest rows by timestamp the content of the Perspective table."""
         producer.check_table(self.client, self.database)
         columns = ", ".join(COLUMNS)
+        first = TABLE not in self.tables
+        self.mark, self.placed = None, dict.fromkeys(self.sizes, 0)
         window, newest = (
             self.read(
-                f"SELECT {columns} FROM"
+                f"SELECT *, {self.place(name)} FROM (SELECT {columns} FROM"
                 f" (SELECT {columns}, _block_number, _block_offset FROM {self.source}"
-                f"  WHERE _block_number <= {mark.head} ORDER BY {NEWEST_FIRST} LIMIT {rows})"
-                " ORDER BY timestamp, _block_number, _block_offset"
+                f"  WHERE _block_number <= {mark.head} ORDER BY {NEWEST_FIRST} LIMIT {size})"
+                " ORDER BY timestamp, _block_number, _block_offset)"
             )
-            for rows in (self.limit, self.newest)
+            for name, size in self.sizes.items()
         )
-        first = TABLE not in self.tables
-        self.mark = None
         if not self.keys:
-            self.put(TICKERS, TICKERS_COLUMNS, index="ticker")
-            self.put(CANDLES, CANDLES_COLUMNS, index="number")
+            self.make(TICKERS, TICKERS_COLUMNS, "ticker")
+            self.make(CANDLES, CANDLES_COLUMNS, "number")
             self.keys = {TICKERS: set(), CANDLES: set()}
-        self.put(NEWEST, newest, limit=self.newest)
+        self.put(NEWEST, newest)
         if self.stamps is None:
             self.stamps = self.tables[NEWEST].view(columns=["timestamp"])
-        self.put(TABLE, window, limit=self.limit)  # the last one: who finds it finds all
+        self.put(TABLE, window)  # the last one: who finds it finds all
         self.rows = self.tables[TABLE].size()
         if not first:
             self.tell_change()
@@ -301,8 +307,7 @@ class Tail:
         self.summary_due = now + (now - began) * (1 / SUMMARY_SHARE - 1)
 
     def fill(self, name, columns, index):
-        """Make columns the content of an aggregated table. As `replace` would, but nobody sees the
-        table empty, and old keys serve again (Perspective does not forget the memory of a key)."""
+        """Make columns the content of an aggregated table."""
         keys = self.keys[name]
         if columns[index]:
             keys.update(columns[index])
@@ -312,13 +317,26 @@ class Tail:
             self.tables[name].remove(list(gone))
             keys -= gone
 
-    def put(self, name, rows, **options):
-        """Make an Arrow stream's rows the content of a Perspective table, which is made if it is
-        not there; that may be of a schema, too."""
-        if name in self.tables:
-            self.tables[name].replace(rows)
-        else:
-            self.tables[name] = self.perspective.table(rows, name=name, **options)
+    def put(self, name, arrow):
+        """Make an Arrow stream's rows the content of a ring, which is made if it is not there.
+
+        Perspective's `replace` would show viewers an empty table for a moment.
+        """
+        if name not in self.tables:
+            self.make(name, arrow, PLACES[name])
+        before = self.tables[name].size()
+        self.tables[name].update(arrow)
+        self.placed[name] = sum(rows for rows, _ in pieces(arrow))
+        if before > self.placed[name]:
+            self.tables[name].remove(list(range(self.placed[name], before)))
+
+    def make(self, name, rows_or_schema, index):
+        self.tables[name] = self.perspective.table(rows_or_schema, name=name, index=index)
+
+    def place(self, name):
+        """SQL for the places of the next rows in a ring, as a column."""
+        place = f"(rowNumberInAllBlocks() + {self.placed[name]}) % {self.sizes[name]}"
+        return f"toInt32({place}) AS {quote_identifier(PLACES[name])}"
 
     def read(self, sql):
         """Rows as the bytes of one Arrow stream: none of them becomes a Python object."""
@@ -424,7 +442,7 @@ class Tail:
 
 READS = {3, 4, 7, 8, 17, 29, 30, 37, 41}  # features, tables, schema, size, ...
 VIEW_READS = {*range(10, 17), *range(18, 27), 34, 35, 36, 39, 40}
-MAKE_PORT, MAKE_VIEW, DESCRIBE = 5, 6, 41
+TABLES, MAKE_PORT, MAKE_VIEW, SCHEMA, DESCRIBE = 4, 5, 6, 7, 41
 COLUMN_PATHS, DELETE_VIEW, SIZE, COLLAPSE, EXPAND, SET_DEPTH = 10, 11, 12, 18, 19, 23
 DATA = {16, 24, 25, 26, 36}  # as Arrow, columns, CSV, rows, NDJSON
 ON_DELETE = 34
@@ -518,6 +536,7 @@ def refusal(message, text):
 
 GROUP_BY, SPLIT_BY, SHOWN, FILTER, SORT, EXPRESSION, AGGREGATE, ANY, DEPTH, ROLLUP = range(1, 11)
 MAPS = {EXPRESSION, AGGREGATE}
+LISTED = 2  # of the ways to say which columns are shown
 SPLITS_FLAT = (12, 0)  # what viewers ask for, and the default
 MOST = {GROUP_BY: 3, SPLIT_BY: 2, SHOWN: 1, FILTER: 10, SORT: 5, EXPRESSION: 20, AGGREGATE: 50}
 MOST_SHOWN = 50  # columns
@@ -533,6 +552,8 @@ AGGREGATIONS = {
     *("max by", "mean", "median", "min", "min by", "mul", "or", "pct sum parent", "pct sum total"),
     *("q1", "q3", "stddev", "sum", "sum abs", "sum or zero", "unique", "var", "weighted mean"),
 }
+FIRST_AND_LAST = {"first": b"min by", "last": b"max by"}
+IN_ORDER = {"last by index", "last minus first"}  # go by the order of the rows
 LARGEST = 1e15  # of a filter's numbers: the engine makes dates of them
 
 
@@ -630,7 +651,7 @@ def judge_config(table, config):
     shown = list(columns)
     for listed in parts[SHOWN]:
         [(kind, names)] = fields(listed)
-        if kind == 2:  # else the default: all
+        if kind == LISTED:  # else the default: all
             shown = [name.decode() for number, name in fields(names) if number == 1]
     filters = [
         (text_of(body, 1), text_of(body, 2), [v for n, v in fields(body) if n == 3])
@@ -666,6 +687,8 @@ def judge_config(table, config):
     for name, how in aggregates:
         if how and how[0] not in AGGREGATIONS:
             raise Refused(f"there is no aggregate {how[0]}")
+        if how and how[0] in IN_ORDER and columns is COLUMNS:
+            raise Refused(f"here rows are in no order: use max by timestamp, not {how[0]}")
         if how and how[0] in ("avg", "mean") and name not in numbers:
             raise Refused(f"there is no average of {name}")
     # A tree with a branch for every row takes the engine minutes; a leaf for every row does not.
@@ -677,6 +700,35 @@ def judge_config(table, config):
     if parts[DEPTH] and not deep:
         raise Refused("this view has no depth")
     return cost, None if groups or splits else len(shown), deep
+
+
+def of_a_ring(config):
+    """The configuration as the engine needs it for a ring: there the columns to show are all but
+    the place, and "first" and "last", which for the engine go by the place, go by the timestamp."""
+    entries = []
+    for number, value in fields(config):
+        how = number == AGGREGATE and FIRST_AND_LAST.get(text_of(part(value, 2), 1))
+        if how:
+            names = b"".join(field(1, name) for name in (how, b"timestamp"))
+            value = field(1, dict(fields(value))[1]) + field(2, names)
+        entries.append((number, value))
+    shown = dict(entries).get(SHOWN, b"")
+    if LISTED not in dict(fields(shown)):
+        names = b"".join(field(1, name.encode()) for name in COLUMNS)
+        entries = [entry for entry in entries if entry[0] != SHOWN]
+        entries.append((SHOWN, field(LISTED, names)))
+    return b"".join(field(*entry) for entry in entries)
+
+
+def without_places(number, answer):
+    """An answer about tables or their columns, as if the rings had no index."""
+    if number == TABLES:
+        names = (dict(fields(table))[1] for found, table in fields(answer) if found == 1)
+        return b"".join(field(1, field(1, name)) for name in names)
+    hidden = {place.encode() for place in PLACES.values()}
+    columns = (column for found, column in fields(part(answer, 1)) if found == 1)
+    kept = (field(1, column) for column in columns if dict(fields(column))[1] not in hidden)
+    return field(1, b"".join(kept))
 
 
 def described(config, complaint):
@@ -825,6 +877,8 @@ class Views:
     def take(self, table, config):
         """Returns (key, name), of which the key is for `give_back`. Raises Refused if there are
         too many, EngineError if the engine says no."""
+        if table.decode() in PLACES:
+            config = of_a_ring(config)
         parts = list(fields(config))
         tree = GROUP_BY in dict(parts) and not dict(parts).get(ROLLUP)
         with self.lock:
@@ -888,7 +942,7 @@ class LiveSession:
 
     def __init__(self, views, answer):
         self.views, self.answer = views, answer
-        self.session = views.server.new_session(answer)
+        self.session = views.server.new_session(self.hear)
         self.ruler = Direct(views.server)
         self.holds = {}
 
@@ -916,6 +970,13 @@ class LiveSession:
             self.answer(refusal(message, text))
         else:
             hold.handle_request(message_id, number, body)
+
+    def hear(self, answer):
+        parts = dict(fields(answer))
+        for number in {TABLES, SCHEMA}.intersection(parts):
+            head = field(1, parts.get(1, 0)) + field(2, parts.get(2, b""))
+            answer = head + field(number, without_places(number, parts[number]))
+        self.answer(answer)
 
     def make_view(self, table, view, config):
         try:
@@ -1960,8 +2021,8 @@ def main(argv=None):
 
 
 def run(options, dsn, sockets, ended):
-    # The engine waits for ever (seen with version 5.6.1) if a table is replaced that has as many
-    # views as there are threads. Threads that wait cost next to nothing.
+    # The engine can come to wait for ever (seen with version 5.6.1) when a table changes that has
+    # as many grouped views as there are threads. Threads that wait cost next to nothing.
     perspective.set_num_cpus(MAX_DIFFERENT + 10)
     perspective_server = perspective.Server()
     tail = Tail(perspective_server, dsn, options.interval, options.limit)

@@ -12,6 +12,7 @@ take less than ten minutes and some 5 GB of disk.
 import argparse
 import asyncio
 import contextlib
+import copy
 import logging
 import math
 import multiprocessing
@@ -590,9 +591,12 @@ WATCH = 6  # seconds
 
 class Watcher(Viewer):
     """One of many viewers that share an event loop. As the page does, it fetches what it shows
-    whenever that has changed."""
+    whenever that has changed. Each looks at the candles of another ticker, while there are some."""
 
-    def __init__(self, url):
+    def __init__(self, url, number):
+        ticker = list(producer.LEVELS)[number % len(producer.LEVELS)]
+        self.dashboard = copy.deepcopy(DASHBOARD)
+        self.dashboard["candles"]["filter"] = [["ticker", "==", ticker]]
         self.address, self.headers = f"ws{url.removeprefix('http')}/websocket", {}
         self.closed = threading.Event()
         self.views = self.fetched = self.lag_ms = 0
@@ -604,7 +608,7 @@ class Watcher(Viewer):
 
     async def watch(self):
         await self._connect()
-        await asyncio.gather(*(self.show(**config) for config in DASHBOARD.values()))
+        await asyncio.gather(*(self.show(**config) for config in self.dashboard.values()))
 
     async def show(self, table, **config):
         view = await (await self.client.open_table(table)).view(**config)
@@ -633,7 +637,7 @@ def crowd(url, size, connection):
     """`size` viewers. Sends how many views were made, and then (updates/s, worst lag) of each."""
 
     async def main():
-        watchers = [Watcher(url) for _ in range(size)]
+        watchers = [Watcher(url, number) for number in range(size)]
         tasks = [asyncio.create_task(watcher.watch()) for watcher in watchers]
         deadline = time.monotonic() + LONGEST_START
         while time.monotonic() < deadline and any(w.views < len(DASHBOARD) for w in watchers):

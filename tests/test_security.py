@@ -798,6 +798,72 @@ def test_a_viewer_can_do_what_viewers_do(ours, market):
         viewer.run(view.delete())
 
 
+def test_the_places_of_the_rings_are_nobodys_business(ours):
+    async def session(viewer):
+        assert set(await viewer.client.get_hosted_table_names()) == TABLES
+        for name in (TABLE, f"{TABLE}_newest"):
+            table = await viewer.client.open_table(name)
+            assert table.get_index() is None
+            assert await table.columns() == list(COLUMNS)
+            assert set(await table.schema()) == set(COLUMNS)
+            view = await table.view()
+            assert set(await view.schema()) == set(COLUMNS)
+            assert set(await view.to_columns(end_row=1)) == set(COLUMNS)
+            assert (await view.get_config())["columns"] == list(COLUMNS)
+
+    with Viewer(ours.url) as viewer:
+        viewer.run(session(viewer))
+    with Raw(ours.url) as raw:
+        for place in perspective_server.PLACES.values():
+            for config in (shown(place), f(1, place), f(2, place), f(5, f(1, place) + f(2, 1))):
+                assert "no column" in raw.refused(make(config))
+            assert "no column" in raw.refused(make(filtered(place, "is null", f(1, 1))))
+            assert 50 in raw.ask(make(computed(f'"{place}" + 1')))
+
+
+@pytest.mark.parametrize("name", [TABLE, f"{TABLE}_newest"])
+def test_first_and_last_go_by_the_timestamp(database, start, name):
+    """Also in a ring that has turned, and for rows that came late."""
+    assert Script("producer.py", "--dsn", database.dsn, "--batches", 1).wait() == 0
+    server = start(Server, "--dsn", database.dsn, "--limit", 1500, "--interval", 0.05)
+    server.wait_for_rows(250)
+    values = "'AAPL.N', 'Homer', {0}, {0}, {0}, {0}, 1, today()"
+    for late in (0, 3000, 1000, 2000):
+        database.command(
+            "INSERT INTO stock_values SELECT now64(3) + toIntervalMillisecond(number - "
+            f"{late}), {values.format('toFloat32(number + ' + str(late) + ')')} FROM numbers(400)"
+        )
+        server.wait_for_delivered(server.health()["delivered"])
+    server.wait_for_delivered(1850)
+    rows = 1500 if name == TABLE else 1000
+    arrival = "(timestamp, _block_number, _block_offset)"
+    newest = "ORDER BY _block_number DESC, _block_offset DESC LIMIT"
+    with contextlib.closing(database.connect()) as client:
+        expected = client.query(f"""
+            SELECT ticker, argMin(open, {arrival}), argMax(close, {arrival}) FROM
+                (SELECT *, _block_number, _block_offset FROM {database.name}.stock_values
+                 {newest} {rows})
+            WHERE ticker = 'AAPL.N' GROUP BY ticker""").result_rows
+
+    async def session(viewer):
+        view = await (await viewer.client.open_table(name)).view(
+            group_by=["ticker"],
+            group_rollup_mode="flat",
+            filter=[["ticker", "==", "AAPL.N"]],
+            columns=["open", "close"],
+            aggregates={"open": "first", "close": "last"},
+        )
+        return await view.to_columns()
+
+    with Viewer(server.url) as viewer:
+        columns = viewer.run(session(viewer))
+        assert [("AAPL.N", *columns["open"], *columns["close"])] == expected
+    with Raw(server.url) as raw:
+        for how in ("last by index", "last minus first"):
+            wrong = make(f(1, "ticker") + shown("open") + aggregated("open", how))
+            assert "max by timestamp" in raw.refused(wrong)
+
+
 @pytest.mark.parametrize(
     "text",
     [
