@@ -114,13 +114,17 @@ SELECT
     toFloat64(min(w.low)) AS low,
     toFloat64(argMax(w.close, w.arrival)) AS close,
     close / open - 1 AS change,
-    toFloat64(sum(w.volume)) AS volume
+    toFloat64(sum(w.volume)) AS volume,
+    count() AS rows,
+    toUnixTimestamp64Milli(min(w.timestamp)) AS since
 FROM (SELECT t.*, {ARRIVAL} AS arrival FROM {{source}} AS t
-      WHERE _block_number <= {{head}} ORDER BY {NEWEST_FIRST} LIMIT {{limit}}) AS w
+      WHERE _block_number <= {{head}} AND timestamp >= fromUnixTimestamp64Milli({{since}})
+      ORDER BY {NEWEST_FIRST} LIMIT {{limit}}) AS w
 GROUP BY GROUPING SETS ((ticker), (ticker, time))
 ORDER BY time DESC NULLS FIRST, ticker LIMIT {MOST_CANDLES + 1} BY ticker
-SETTINGS group_by_use_nulls = 1
+SETTINGS group_by_use_nulls = 1, output_format_json_quote_64bit_integers = 0
 """
+EARLIEST = -2_208_988_800_000  # ms: 1900, the first that DateTime64 can hold
 SUMMARY_SHARE = 0.2  # of the time: over a large window it comes at a slower pace
 PLACES = {TABLE: "place", NEWEST: "newest place"}
 PIECE = 2500  # rows in each record batch of an Arrow stream
@@ -186,7 +190,7 @@ class Tail:
         self.placed = dict.fromkeys(self.sizes, 0)  # rows that went into them
         self.client = self.mark = self.summed = self.stamps = self.error = None
         self.tables = {}  # of Perspective, by name
-        self.summary_due = 0
+        self.summary_due, self.since = 0, EARLIEST
         self.keys = {}  # what identifies the lines of an aggregated table, by its name
         self.polled = 0  # ms: when the last poll that succeeded began
         self.clickhouse, self.said = "down", (None, None)
@@ -267,6 +271,7 @@ class Tail:
         producer.check_table(self.client, self.database)
         columns = ", ".join(COLUMNS)
         first = TABLE not in self.tables
+        self.since = EARLIEST
         self.mark, self.placed = None, dict.fromkeys(self.sizes, 0)
         window, newest = (
             self.read(
@@ -294,10 +299,13 @@ class Tail:
     def summarize(self, mark):
         """Have ClickHouse aggregate the window, by ticker and in candles."""
         began = time.monotonic()
-        sql = SUMMARY.format(source=self.source, head=mark.head, limit=self.limit)
+        sql = SUMMARY.format(source=self.source, head=mark.head, limit=self.limit, since=self.since)
         # In JSON what is no finite number is null.
         columns = json.loads(self.client.raw_query(sql, fmt="JSONColumns", settings=TAIL))
         tickers = columns["time"].count(None)
+        if sum(columns["rows"][:tickers]) == self.limit:
+            # Inserts only push rows out of a full window, so older ones need not be read again.
+            self.since = min(columns["since"][:tickers])
         candles = {name: column[tickers:] for name, column in columns.items()}
         candles["number"] = [-i for i in range(len(candles["time"]))]
         columns["last"] = columns["close"]

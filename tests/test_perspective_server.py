@@ -797,11 +797,19 @@ def test_the_ring_turns_and_is_mended(table):
     for rows in (1, 999, 1500, 700, 2999, 3000, 3001, 6500, 1, 400):
         insert(table, rows)
         tail.step()
+        assert tail.lines() == lines(table, 3000)
         assert tail.shown() == table.rows(f"{newest} 3000")
         assert tail.shown(NEWEST) == table.rows(f"{newest} 1000")
         assert (
             len(set(tail.perspective.open_table(TABLE).view().to_columns()["place"])) == tail.rows
         )
+    for change in ("INSERT", "DELETE FROM stock_values WHERE volume % 3 = 0", "INSERT"):
+        if change == "INSERT":
+            insert(table, 500, now_ms() - 3_600_000)  # too late for a full window
+        else:
+            table.command(change)
+        tail.step()
+        assert tail.lines() == lines(table, 3000)
     tail.tables[TABLE].remove([17])
     insert(table, 10)
     tail.step()
