@@ -126,6 +126,7 @@ SETTINGS group_by_use_nulls = 1, output_format_json_quote_64bit_integers = 0
 """
 EARLIEST = -2_208_988_800_000  # ms: 1900, the first that DateTime64 can hold
 SUMMARY_SHARE = 0.2  # of the time: over a large window it comes at a slower pace
+PATIENCE = 1  # second
 PLACES = {TABLE: "place", NEWEST: "newest place"}
 PIECE = 2500  # rows in each record batch of an Arrow stream
 # Rows stamped up to so long before the last poll are looked for at first, since the primary key
@@ -215,7 +216,9 @@ class Tail:
         if mark != self.mark and not self.append(mark):
             self.reload(mark)
         self.polled = now_ms
-        if self.summed != mark and time.monotonic() >= self.summary_due:
+        now = time.monotonic()
+        behind = now - self.due > self.interval / 2  # the next rows come first, but not for ever
+        if self.summed != mark and now >= self.summary_due + behind * PATIENCE:
             self.summarize(mark)
         return "up"
 
@@ -330,13 +333,14 @@ class Tail:
 
         Perspective's `replace` would show viewers an empty table for a moment.
         """
+        rows = self.placed[name] = sum(rows for rows, _ in pieces(arrow))
         if name not in self.tables:
             self.make(name, arrow, PLACES[name])
+            return
         before = self.tables[name].size()
         self.tables[name].update(arrow)
-        self.placed[name] = sum(rows for rows, _ in pieces(arrow))
-        if before > self.placed[name]:
-            self.tables[name].remove(list(range(self.placed[name], before)))
+        if before > rows:
+            self.tables[name].remove(list(range(rows, before)))
 
     def make(self, name, rows_or_schema, index):
         self.tables[name] = self.perspective.table(rows_or_schema, name=name, index=index)
@@ -2029,8 +2033,8 @@ def main(argv=None):
 
 
 def run(options, dsn, sockets, ended):
-    # The engine can come to wait for ever (seen with version 5.6.1) when a table changes that has
-    # as many grouped views as there are threads. Threads that wait cost next to nothing.
+    # The engine waits for ever (seen with version 5.6.1) if a table is emptied that has as many
+    # grouped views as there are threads. Threads that wait cost next to nothing.
     perspective.set_num_cpus(MAX_DIFFERENT + 10)
     perspective_server = perspective.Server()
     tail = Tail(perspective_server, dsn, options.interval, options.limit)
