@@ -65,10 +65,10 @@ def main():
         for scheme in ("light", "dark"):
             with shown(browser, server, 1440, 900, scheme) as page:
                 page.screenshot(path=IMAGES / f"dashboard-{scheme}.png")
-        with shown(browser, server, 1200, 750, "dark") as page:
+        with shown(browser, server, 1280, 800, "dark") as page:
             pictures = list(frames(page))
     # One palette for all, without dithering: what does not change takes no room then.
-    palette = pictures[0].quantize(128, dither=Image.Dither.NONE)
+    palette = pictures[0].quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     first, *others = (
         picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures
     )
