@@ -128,7 +128,7 @@ EARLIEST = -2_208_988_800_000  # ms: 1900, the first that DateTime64 can hold
 SUMMARY_SHARE = 0.2  # of the time: over a large window it comes at a slower pace
 PATIENCE = 1  # second
 PLACES = {TABLE: "place", NEWEST: "newest place"}
-PIECE = 2500  # rows in each record batch of an Arrow stream
+PIECE = 2500  # rows in a record batch: the newest ticks take only the last ones
 # Rows stamped up to so long before the last poll are looked for at first, since the primary key
 # leads to them; then those up to ten minutes before; then all.
 LATE_MS = 10_000, 600_000
