@@ -789,6 +789,44 @@ def test_batches_that_name_other_texts(table, tail):
     assert tail.delivered == 16_400
 
 
+KEPT = [
+    {"filter": [["ticker", "==", "AAPL.N"]], "sort": [["volume", "desc"], ["place", "asc"]]},
+    {"group_by": ["ticker"], "filter": [["client", "==", "Homer"]], "columns": ["volume"]},
+    {"group_by": ["client"], "split_by": ["ticker"], "columns": ["volume", "open"]},
+    {
+        "group_by": ["ticker"],
+        "columns": ["open", "high", "low", "client"],
+        "aggregates": {"open": "mean", "high": "max", "low": "min", "client": "distinct count"},
+    },
+    {
+        "columns": ["spread", "ticker"],
+        "expressions": {"spread": '"high" - "low"'},
+        "filter": [["spread", ">", 0.1]],
+        "sort": [["place", "asc"]],
+    },
+]
+
+
+def test_views_that_are_kept_agree_with_new_ones(table):
+    """Each row that comes takes the place of another, in every view that had that."""
+    tail = Local(table.dsn, limit=3000)
+    insert(table, 1000)
+    tail.step()
+    live = tail.perspective.open_table(TABLE)
+    kept = [live.view(**config) for config in KEPT]
+    for rows in (50, 1950, 700, 2999, 3001, 1, 400):
+        insert(table, rows)
+        tail.step()
+        for view, config in zip(kept, KEPT, strict=True):
+            new = live.view(**config)
+            mine, expected = view.to_columns(), new.to_columns()
+            new.delete()
+            assert mine.keys() == expected.keys()
+            for name in mine:
+                assert mine[name] == expected[name] or mine[name] == pytest.approx(expected[name])
+    tail.close()
+
+
 def test_the_ring_turns_and_is_mended(table):
     """Blocks of all sizes, larger than what is left until its end, and a place that is lost."""
     tail = Local(table.dsn, limit=3000)
