@@ -333,14 +333,15 @@ class Tail:
 
         Perspective's `replace` would show viewers an empty table for a moment.
         """
-        rows = self.placed[name] = sum(rows for rows, _ in pieces(arrow))
         if name not in self.tables:
             self.make(name, arrow, PLACES[name])
+            self.placed[name] = self.tables[name].size()
             return
-        before = self.tables[name].size()
+        rows, before = sum(rows for rows, _ in pieces(arrow)), self.tables[name].size()
         self.tables[name].update(arrow)
         if before > rows:
             self.tables[name].remove(list(range(rows, before)))
+        self.placed[name] = rows
 
     def make(self, name, rows_or_schema, index):
         self.tables[name] = self.perspective.table(rows_or_schema, name=name, index=index)
@@ -1918,7 +1919,7 @@ async def give_memory_back():
     with contextlib.suppress(AttributeError):  # only glibc has it
         trim = ctypes.CDLL(None).malloc_trim
         while True:
-            await asyncio.sleep(20)
+            await asyncio.sleep(10)
             await asyncio.get_running_loop().run_in_executor(None, trim, 0)
 
 

@@ -989,7 +989,7 @@ def test_nobody_disturbs_the_others(database, start):
         if sock:
             sock.close()
     wait_until(lambda: server.health()["viewers"] == 1, 20, "the others gone")
-    wait_until(lambda: memory(server.process) < before + 50, 45, "their memory back")
+    wait_until(lambda: memory(server.process) < before + 50, 20, "their memory back")
     assert "Traceback" not in server.output
 
 
