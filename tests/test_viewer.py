@@ -33,7 +33,7 @@ import producer
 
 FLAGS = [
     "--no-sandbox",
-    "--use-gl=swiftshader",
+    "--use-angle=swiftshader-webgl",
     "--enable-unsafe-swiftshader",
     "--disable-quic",
     "--disable-background-networking",
@@ -660,6 +660,28 @@ def test_a_browser_without_webassembly(site, visit):
     tab = visit(site.url, None, init="delete window.WebAssembly")
     assert "This browser has no WebAssembly" in tab.text("#notice")
     assert tab.text("#state") == "not supported"
+
+
+def test_charts_come_back_after_the_graphics_process_died(site, visit):
+    tab = visit(site.url)
+    tab.forgiven = "CONTEXT_LOST_WEBGL"
+    tab.change("candles", title="Mine")
+    for panel in ("candles", "volume"):
+        wait_until(lambda panel=panel: coloured(tab.picture(panel)) > 500, 10, f"marks in {panel}")
+    # A page that nobody sees waits: a browser with many pages takes one's context for another's.
+    tab.page.evaluate("Object.defineProperty(document, 'hidden', { writable: true, value: true })")
+    with tab.page.expect_console_message(lambda message: "CONTEXT_LOST" in message.text):
+        tab.page.context.browser.new_browser_cdp_session().send("Browser.crashGpuProcess")
+    tab.page.wait_for_timeout(1000)
+    with tab.page.expect_navigation():
+        tab.page.evaluate("document.hidden = false")
+    tab.wait_for("live")
+    for panel in ("candles", "volume"):
+        wait_until(lambda panel=panel: coloured(tab.picture(panel)) > 500, 10, f"marks in {panel}")
+        before = tab.picture(panel)
+        wait_until(lambda p=panel, b=before: tab.picture(p) != b, 10, f"other marks in {panel}")
+    assert tab.workspace()["panels"]["candles"]["title"] == "Mine"
+    assert tab.text("#notice") == ""
 
 
 NO_WEBGL = """
