@@ -75,6 +75,7 @@ class Tab:
         self.page.set_default_timeout(20_000)
         self.complaints, self.urls, self.asked = [], [], []
         self.forgiven = None  # a pattern of complaints that the test provokes
+        self.closing = False
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self.complaints.append(f"page error: {error}"))
         self.page.on("request", lambda request: self.urls.append(request.url))
@@ -83,6 +84,9 @@ class Tab:
             self.page.add_init_script(init)
 
     def _console(self, message):
+        # A page that is being closed may lose its graphics before it is gone.
+        if self.closing and "CONTEXT_LOST_WEBGL" in message.text:
+            return
         if message.type in ("error", "warning"):
             self.complaints.append(f"{message.type}: {message.text}")
 
@@ -134,6 +138,19 @@ class Tab:
     def picture(self, panel):
         """A chart as PNG."""
         return self.page.locator(f"perspective-viewer > [slot={panel}]").screenshot()
+
+    def wait_for_marks(self, panel, move=True):
+        """Wait until a chart shows more colour than its legend and scale have, and then others."""
+        least = {"candles": 500, "volume": 5000, "volumes": 50, "closes": 50}[panel]
+
+        def shown():
+            return coloured(self.picture(panel)) > least
+
+        wait_until(shown, 10, f"marks in {panel}")
+        before = self.picture(panel)
+        if move:
+            wait_until(lambda: self.picture(panel) != before, 10, f"other marks in {panel}")
+            wait_until(shown, 10, f"marks in {panel}")
 
     def columns(self, panel):
         """All that a panel's view holds."""
@@ -219,6 +236,8 @@ def visit(browser):
         return tab
 
     yield open_tab
+    for tab in tabs:
+        tab.closing = True
     for context in contexts:
         context.close()
     for tab in tabs:
@@ -319,9 +338,7 @@ def test_every_panel_shows_marks_that_move(site, visit):
         assert all(cell for row in before for cell in row)
         wait_until(lambda p=panel, b=before: tab.cells(p) != b, 10, f"other rows in {panel}")
     for panel in ("candles", "volume"):
-        wait_until(lambda panel=panel: coloured(tab.picture(panel)) > 500, 10, f"marks in {panel}")
-        before = tab.picture(panel)
-        wait_until(lambda p=panel, b=before: tab.picture(p) != b, 10, f"other marks in {panel}")
+        tab.wait_for_marks(panel)
     assert len(tab.cells("tickers")) == len(producer.LEVELS)
     assert tab.page.locator("perspective-viewer-datagrid-toolbar:visible").count() == 0
 
@@ -451,7 +468,7 @@ def test_light_and_dark(site, visit):
     tab.wait_for("live")
     assert tab.themes() == DARK
     for panel in ("candles", "volume"):
-        wait_until(lambda panel=panel: coloured(tab.picture(panel)) > 500, 10, f"marks in {panel}")
+        tab.wait_for_marks(panel)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -667,7 +684,7 @@ def test_charts_come_back_after_the_graphics_process_died(site, visit):
     tab.forgiven = "CONTEXT_LOST_WEBGL"
     tab.change("candles", title="Mine")
     for panel in ("candles", "volume"):
-        wait_until(lambda panel=panel: coloured(tab.picture(panel)) > 500, 10, f"marks in {panel}")
+        tab.wait_for_marks(panel)
     # A page that nobody sees waits: a browser with many pages takes one's context for another's.
     tab.page.evaluate("Object.defineProperty(document, 'hidden', { writable: true, value: true })")
     with tab.page.expect_console_message(lambda message: "CONTEXT_LOST" in message.text):
@@ -677,9 +694,7 @@ def test_charts_come_back_after_the_graphics_process_died(site, visit):
         tab.page.evaluate("document.hidden = false")
     tab.wait_for("live")
     for panel in ("candles", "volume"):
-        wait_until(lambda panel=panel: coloured(tab.picture(panel)) > 500, 10, f"marks in {panel}")
-        before = tab.picture(panel)
-        wait_until(lambda p=panel, b=before: tab.picture(p) != b, 10, f"other marks in {panel}")
+        tab.wait_for_marks(panel)
     assert tab.workspace()["panels"]["candles"]["title"] == "Mine"
     assert tab.text("#notice") == ""
 
@@ -717,7 +732,7 @@ def test_history(site, visit):
     assert re.fullmatch(r"[\d,]+ rows, \d s ago", tab.text("#history"))
     for panel in ("volumes", "closes"):
         tab.select(panel)
-        wait_until(lambda panel=panel: coloured(tab.picture(panel)) > 50, 10, f"marks in {panel}")
+        tab.wait_for_marks(panel, move=False)
     tab.select("everything")
     before = wait_until(lambda: total(tab), 10, "rows")
     assert before > 2 * LIMIT
