@@ -829,6 +829,11 @@ def test_everybody_can_use_it(site, visit):
             assert (levels[1] + 0.05) / (levels[0] + 0.05) >= 4.5, (dark, selector)
         page.focus("#theme")
         page.keyboard.press("Enter")
+    page.set_viewport_size({"width": 420, "height": 760})  # the figures need more than that
+    assert page.evaluate("document.querySelector('header').scrollWidth > innerWidth")
+    for name in reached:
+        box = page.locator(f"#{name}").bounding_box()
+        assert 0 <= box["x"] and box["x"] + box["width"] <= 420
 
 
 # ---------------------------------------------------------------------------------------------
