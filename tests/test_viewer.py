@@ -833,7 +833,7 @@ def test_everybody_can_use_it(site, visit):
     assert page.evaluate("document.querySelector('header').scrollWidth > innerWidth")
     for name in reached:
         box = page.locator(f"#{name}").bounding_box()
-        assert 0 <= box["x"] and box["x"] + box["width"] <= 420
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 420
 
 
 # ---------------------------------------------------------------------------------------------
