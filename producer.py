@@ -1,10 +1,13 @@
-"""Draw market ticks and insert them into ClickHouse, a batch every quarter of a second.
+"""Draw market ticks and insert them into ClickHouse, a batch every 250 ms.
 
-This file owns the table `stock_values`: its name, its columns and how to reach it.
-`perspective_server.py` imports these from here. Run `python producer.py --help` for the options.
+    numpy -> batch (kept until ClickHouse confirms it) -> MergeTree table `stock_values`
+
+This file owns the table: its name, its columns and how to connect; `perspective_server.py` imports
+these from here. `python producer.py --help` lists the options.
 """
 
 import argparse
+import ipaddress
 import logging
 import os
 import re
@@ -13,23 +16,19 @@ import sys
 import threading
 import time
 import uuid
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import clickhouse_connect
 import numpy as np
-from clickhouse_connect.driver.binding import quote_identifier
-from clickhouse_connect.driver.exceptions import DataError, ProgrammingError
+from clickhouse_connect.driver.binding import format_str, quote_identifier
+from clickhouse_connect.driver.exceptions import DatabaseError, DataError, ProgrammingError
 
 # ---------------------------------------------------------------------------------------------
-# The table. The schema is written here, once, as SQL; everything downstream reads it from the
-# Arrow stream that ClickHouse answers.
+# The table. The schema is written here, once, as SQL. Everything downstream takes it from
+# ClickHouse.
 
 DEFAULT_DSN = "clickhouse://admin:admin1234@localhost:8123/test"
 DSN_FORM = "clickhouse://user:password@host:port/database"
-DSN_OPTIONS = (  # of clickhouse-connect, behind a question mark; the timeouts are whole seconds
-    "connect_timeout send_receive_timeout verify ca_cert client_cert client_cert_key tls_mode"
-    " server_host_name proxy_path http_proxy https_proxy client_name compress"
-)
 TABLE = "stock_values"
 COLUMNS = {
     "timestamp": "DateTime64(3, 'UTC')",
@@ -42,125 +41,186 @@ COLUMNS = {
     "volume": "UInt32",
     "date": "Date",
 }
-# Block numbers and offsets that survive merges are the server's cursor. The deduplication window
-# is what makes it harmless to send the same batch twice, as long as no more inserts than this, of
-# all producers together, came in between. ClickHouse keeps some 60 bytes for each.
-SETTINGS = {
-    "enable_block_number_column": 1,
-    "enable_block_offset_column": 1,
-    "non_replicated_deduplication_window": 100_000,
+# The server's cursor is the block number, which these two settings keep through merges.
+BLOCK_SETTINGS = {"enable_block_number_column": 1, "enable_block_offset_column": 1}
+# A token that is among the last 100,000 inserts adds no row: a batch can safely be sent twice.
+DEDUPLICATION = {"non_replicated_deduplication_window": 100_000}
+# With these, ClickHouse finds the newest blocks in a table of any size. Older versions lack them.
+INDEX_SETTINGS = {
+    "add_minmax_index_for_block_number_column": 1,
+    "add_minmax_index_for_block_offset_column": 1,
+    "part_minmax_index_columns": "'with_block_number_offset'",
 }
-QUERY_TIMEOUT = 30  # seconds
+UNKNOWN_SETTING = 115  # ClickHouse's error codes: SELECT * FROM system.errors
+CONNECT_TIMEOUT, QUERY_TIMEOUT = 5, 30  # seconds
 
 
-class TableMismatch(Exception):
-    """The table is there, but it is not one that these scripts can work with."""
+class TableMismatchError(Exception):
+    """The table exists, but these scripts cannot work with it."""
+
+
+class BlockNumbersMissingError(TableMismatchError):
+    """The table keeps no block numbers. An ALTER, which the message gives, changes that."""
 
 
 def split_dsn(dsn):
-    """Take a DSN apart into (DSN without the database, database).
+    """Split a DSN into (DSN without database, database, the driver's other arguments).
 
-    The database is taken out because a client that names one which does not exist yet cannot
-    even connect. Raises ValueError if the DSN does not parse.
+    Clients connect without a database, because one that does not exist yet refuses them. Raises
+    ValueError if the DSN does not parse; its text may hold the password, so do not show it.
     """
     parts = urlsplit(dsn)
-    if parts.scheme == "chdb":  # embedded: the path of a chdb DSN is a folder, no database
+    if parts.scheme == "chdb":
         if parts.netloc and (parts.netloc, parts.path) != ("memory", ""):
             raise ValueError("expected chdb:///folder or chdb://memory")
-        return dsn, "test"
+        return dsn, "test", {"interface": "chdb", "path": unquote(parts.path) or None}
     database = unquote(parts.path.strip("/")) or "test"
-    if parts.scheme != "clickhouse" or not parts.hostname or parts.port == 0 or "/" in database:
+    if parts.scheme not in ("clickhouse", "https") or not parts.hostname or parts.port == 0:
         raise ValueError(f"expected {DSN_FORM}")
-    # Behind an unquoted / ? or # of the password; what is before it would pass for host and port.
-    if "@" in parts.path + parts.query + parts.fragment:
-        raise ValueError("expected the password's special characters as %XX")
-    for name, value in parse_qsl(parts.query, keep_blank_values=True, strict_parsing=True):
-        if name not in DSN_OPTIONS.split() or ("_timeout" in name and int(value) <= 0):
-            raise ValueError(f"expected options out of {DSN_OPTIONS}")
-    return parts._replace(path="").geturl(), database
+    # An unquoted / ? or # in the password leaves an @ behind the host.
+    if "/" in database or "@" in parts.path + parts.query + parts.fragment:
+        raise ValueError("expected special characters as %XX")
+    options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=True))
+    secure = options.pop("secure", "").lower() in ("1", "true") or parts.scheme == "https"
+    server = parts._replace(path="", query=urlencode(options)).geturl()
+    return server, database, {"secure": secure}
 
 
-def connect(dsn):
-    """Open a clickhouse-connect client, which serves one call at a time."""
-    server, _ = split_dsn(dsn)
-    if server.startswith("chdb:"):
-        return clickhouse_connect.get_client(interface="chdb", path=unquote(urlsplit(dsn).path))
-    return clickhouse_connect.get_client(
-        dsn=server,
-        autogenerate_session_id=False,
-        connect_timeout=5,
-        send_receive_timeout=QUERY_TIMEOUT,
-        query_retries=0,
-        compress=False,
-    )
+def connect(dsn, **options):
+    """Open a clickhouse-connect client, which serves one call at a time.
 
-
-def full_name(database):
-    """The quoted name of the table, for SQL."""
-    return f"{quote_identifier(database)}.{TABLE}"
-
-
-def check_table(client, database, to_write=False):
-    """Whether the table is there. Raises TableMismatch if it is there, but not as written above.
-
-    Who only reads does without the deduplication window.
+    The DSN's own options win over those given here.
     """
-    key = {"database": database, "table": TABLE}
+    server, _, arguments = split_dsn(dsn)
+    if server.startswith("chdb:"):
+        return clickhouse_connect.get_client(**arguments)
+    bypass_proxy_on_loopback(urlsplit(server).hostname)
+    defaults = {
+        "autogenerate_session_id": False,  # concurrent queries on one session are refused
+        "connect_timeout": CONNECT_TIMEOUT,
+        "send_receive_timeout": QUERY_TIMEOUT,
+        "query_retries": 0,
+        "compress": False,
+    }
+    try:
+        return clickhouse_connect.get_client(dsn=server, **arguments, **defaults | options)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument ('\w+')", str(error))
+        if not unknown:
+            raise
+        raise ProgrammingError(f"the driver has no DSN option {unknown[1]}") from None
+
+
+def bypass_proxy_on_loopback(host):
+    """Keep the driver from asking the proxy in `http_proxy` for a server on this machine."""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    listed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if loopback and host not in listed.split(","):
+        os.environ["no_proxy"] = ",".join(filter(None, [listed, host]))
+
+
+def describe_dsn(dsn):
+    """Host, port and database of a DSN, for messages: no user, no password."""
+    server, database, arguments = split_dsn(dsn)
+    if "path" in arguments:
+        return f"the embedded engine in {arguments['path'] or 'memory'}"
+    parts = urlsplit(server)
+    port = parts.port or (8443 if arguments["secure"] else 8123)
+    return f"{parts.hostname}:{port}, database {database}"
+
+
+def full_name(database, table=TABLE):
+    """The quoted name of a table, for SQL."""
+    return f"{quote_identifier(database)}.{quote_identifier(table)}"
+
+
+def check_table(client, database, table=TABLE, columns=COLUMNS, writing=False):
+    """Return the types of the table's columns by name, in the table's order; {} if there is none.
+
+    Raises TableMismatchError if the table cannot be followed or a column of `columns` is missing
+    or of another type, and its subclass BlockNumbersMissingError if an ALTER is all it needs.
+    """
+    key = f"database = {format_str(database)} AND"
     found = client.query(
         "SELECT engine, partition_key, engine_full FROM system.tables"
-        " WHERE database = {database:String} AND name = {table:String}",
-        parameters=key,
+        f" WHERE {key} name = {format_str(table)}"
     ).result_rows
     if not found:
-        return False
-    engine, partition_key, engine_full = found[0]
-    columns = client.query(
-        "SELECT name, type FROM system.columns"
-        " WHERE database = {database:String} AND table = {table:String}",
-        parameters=key,
+        return {}
+    engine, partition_key, definition = found[0]
+    rows = client.query(
+        "SELECT name, type, default_kind FROM system.columns"
+        f" WHERE {key} table = {format_str(table)} ORDER BY position"
     ).result_rows
-    wrong = [f"column {name} {kind}" for name, kind in set(columns) - set(COLUMNS.items())]
-    wrong += [f"no {name} {kind}" for name, kind in set(COLUMNS.items()) - set(columns)]
-    # Other engines remove rows as they merge; block numbers are counted in each partition anew.
+    types = {name: kind for name, kind, default in rows if default not in ("ALIAS", "EPHEMERAL")}
+
+    def lacks(setting):
+        return not re.search(rf"\b{setting} = '?(true|[1-9])", definition)
+
+    problems = []
     if engine not in ("MergeTree", "ReplicatedMergeTree", "SharedMergeTree"):
-        wrong.append(f"engine {engine}")
-    if partition_key:
-        wrong.append(f"PARTITION BY {partition_key}")
-    for name in SETTINGS:  # replicated tables have a deduplication window of their own by default
-        needed = "enable_" in name or (to_write and engine == "MergeTree")
-        if needed and not re.search(rf"\b{name} = '?(true|[1-9])", engine_full):
-            wrong.append(f"no {name}")
-    if wrong:
-        raise TableMismatch(
-            f"table {database}.{TABLE} does not fit: rename it, name another database in the DSN,"
-            f" or replace it with `python producer.py --reset` ({', '.join(sorted(wrong))})"
+        problems.append(f"its engine is {engine}, and only MergeTree keeps every row in order")
+    elif partition_key and engine != "MergeTree":
+        problems.append(f"{engine} counts insert blocks in each partition separately")
+    for name, kind in columns.items():
+        if types.get(name) != kind:
+            problems.append(f"column {name} is {types.get(name, 'missing')}, expected {kind}")
+    # Replicated tables have a deduplication window by default.
+    if writing and engine == "MergeTree" and any(map(lacks, DEDUPLICATION)):
+        problems.append(f"setting {', '.join(DEDUPLICATION)} is missing")
+    if problems:
+        raise TableMismatchError(
+            f"cannot use table {database}.{table}: {'; '.join(problems)}. Name another database"
+            + (" in the DSN, or start over with `producer.py --reset`" if columns else " or table")
         )
-    return True
+    missing = list(filter(lacks, BLOCK_SETTINGS))
+    if missing:
+        raise BlockNumbersMissingError(
+            f"table {database}.{table} keeps no block numbers. This adds them and rewrites nothing:"
+            f" ALTER TABLE {full_name(database, table)} MODIFY SETTING"
+            f" {', '.join(f'{name} = 1' for name in missing)}"
+        )
+    return types
 
 
 def create_table(client, database, reset=False):
-    """Create database and table where they are not there yet; `reset` drops the table first.
+    """Create database and table where they do not exist; `reset` drops the table first.
 
-    What exists is not created again, so a user with no right to create can run the producer, too.
+    A table that exists is not created again: a user who may only insert can run the producer.
+    Raises TableMismatchError if that table does not fit.
     """
     if not client.command(f"EXISTS DATABASE {quote_identifier(database)}"):
         client.command(f"CREATE DATABASE IF NOT EXISTS {quote_identifier(database)}")
     if reset:
         client.command(f"DROP TABLE IF EXISTS {full_name(database)} SYNC")
-    if not check_table(client, database, to_write=True):
-        columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
-        settings = ", ".join(f"{name} = {value}" for name, value in SETTINGS.items())
-        client.command(
-            f"CREATE TABLE IF NOT EXISTS {full_name(database)} ({columns})"
-            f" ENGINE = MergeTree ORDER BY (timestamp, ticker) SETTINGS {settings}"
-        )
-        check_table(client, database, to_write=True)  # someone else may have been faster
+    if check_table(client, database, writing=True):
+        return
+    columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
+    settings = BLOCK_SETTINGS | DEDUPLICATION
+    try:
+        client.command(create_statement(database, columns, settings | INDEX_SETTINGS))
+    except DatabaseError as error:
+        if error.code != UNKNOWN_SETTING:
+            raise
+        client.command(create_statement(database, columns, settings))
+    check_table(client, database, writing=True)  # another producer may have been faster
+
+
+def create_statement(database, columns, settings):
+    pairs = ", ".join(f"{name} = {value}" for name, value in settings.items())
+    return (
+        f"CREATE TABLE IF NOT EXISTS {full_name(database)} ({columns})"
+        f" ENGINE = MergeTree ORDER BY (timestamp, ticker) SETTINGS {pairs}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------
-# The market. Every ticker has a level of its own and walks around it: each tick opens where the
-# ticker's last one closed, moves by some hundredths of a per cent, and is pulled home a little,
-# so that after a week of running the prices are still prices.
+# The market. Each ticker walks around a level of its own: a tick opens where the ticker's last one
+# closed, moves by hundredths of a per cent, and is pulled back a little, so that the prices are
+# still plausible after a week.
 
 LEVELS = {
     "AAPL.N": 190.0,
@@ -178,13 +238,13 @@ LEVELS = {
     "PCLN.N": 1790.0,
 }
 CLIENTS = ["Homer", "Marge", "Bart", "Lisa", "Maggie", "Moe", "Lenny", "Carl", "Krusty"]
-STEP = 2e-4  # standard deviation of a tick's logarithmic return
-PULL = 1e-5  # share of the way home that a tick goes: deviations stay near 5 %
+RETURN_DEVIATION = 2e-4  # standard deviation of a tick's logarithmic return
+MEAN_REVERSION = 1e-5  # share of the distance to its level by which a tick is pulled back
 DAY_MS = 86_400_000
 
 
-def cents(prices):
-    """Prices in whole cents, and never nothing."""
+def to_cents(prices):
+    """Round prices to cents, at least one cent."""
     return np.maximum(np.round(prices, 2), 0.01)
 
 
@@ -195,9 +255,9 @@ class Market:
         self.random = np.random.default_rng(seed)
         self.tickers = np.array(list(LEVELS), dtype=object)
         self.clients = np.array(CLIENTS, dtype=object)
-        self.home = np.log(list(LEVELS.values()))
-        self.price = self.home.copy()  # logarithms, unrounded: rounding must not stop the walk
-        self.close = cents(np.exp(self.price))
+        self.level = np.log(list(LEVELS.values()))
+        self.price = self.level.copy()  # logarithms, unrounded: rounding must not stop the walk
+        self.close = to_cents(np.exp(self.price))
 
     def draw(self, rows, start_ms, span_ms):
         """Draw `rows` ticks spread over [start_ms, start_ms + span_ms), oldest first.
@@ -209,21 +269,21 @@ class Market:
         times = start_ms + np.sort(random.uniform(0, span_ms, rows)).astype(np.int64)
         ticker = random.integers(len(self.tickers), size=rows)
         client = random.integers(len(self.clients), size=rows)
-        moves = random.normal(0, STEP, rows)
-        spread = 1 + np.abs(random.normal(0, STEP, (2, rows)))
+        moves = random.normal(0, RETURN_DEVIATION, rows)
+        spread = 1 + np.abs(random.normal(0, RETURN_DEVIATION, (2, rows)))
         opens, closes = np.empty(rows), np.empty(rows)
         for i in range(len(self.tickers)):
-            mine = np.flatnonzero(ticker == i)
-            if not len(mine):
+            ticks = np.flatnonzero(ticker == i)
+            if not len(ticks):
                 continue
-            path = self.price[i] + np.cumsum(moves[mine])
-            closes[mine] = cents(np.exp(path))
-            opens[mine] = np.append(self.close[i], closes[mine[:-1]])
-            self.price[i] = path[-1] + (self.home[i] - path[-1]) * min(1, PULL * len(mine))
-            self.close[i] = closes[mine[-1]]
-        # Rounding keeps the order of numbers, so high and low stay outside of open and close.
-        highs = cents(np.maximum(opens, closes) * spread[0])
-        lows = cents(np.minimum(opens, closes) / spread[1])
+            path = self.price[i] + np.cumsum(moves[ticks])
+            closes[ticks] = to_cents(np.exp(path))
+            opens[ticks] = np.append(self.close[i], closes[ticks[:-1]])
+            pull = min(1, MEAN_REVERSION * len(ticks))
+            self.price[i] = path[-1] + (self.level[i] - path[-1]) * pull
+            self.close[i] = closes[ticks[-1]]
+        highs = to_cents(np.maximum(opens, closes) * spread[0])
+        lows = to_cents(np.minimum(opens, closes) / spread[1])
         return [
             times.tolist(),  # plain ints: what clickhouse-connect takes for DateTime64 and Date
             self.tickers[ticker],
@@ -235,66 +295,55 @@ class Market:
 
 
 # ---------------------------------------------------------------------------------------------
-# The producer. A batch is kept until ClickHouse has confirmed it and goes out again, under the
-# same deduplication token, for as long as that takes: a batch that arrived although its answer
-# was lost is not stored twice. While ClickHouse is away no new ticks are drawn.
+# The producer. A batch is kept until ClickHouse has confirmed it, and is sent again with the same
+# deduplication token until then: a batch that was stored although its answer got lost is not
+# stored twice. While ClickHouse is away no new ticks are drawn.
 
-FATAL = {
-    16: "the table lacks a column",  # the numbers are ClickHouse's, see system.errors
-    44: "the table computes a column",
-    53: "the table has another type",
-    115: "this ClickHouse is too old",
-    164: "the user may only read",
-    192: "unknown user",
-    193: "wrong password",
-    194: "password required",
-    497: "the user lacks a right",
-    516: "wrong user or password",
-}
-# What the driver or Python refuses before anything is sent: chdb not installed, a senseless option.
-HOPELESS = (TableMismatch, DataError, ProgrammingError, ImportError, TypeError)
-LONGEST_PAUSE = 5  # seconds between two attempts
+# ClickHouse's error codes that waiting does not cure: columns that do not fit, an unknown setting,
+# a user who may not do it, a wrong user or password.
+FATAL_CODES = {16, 44, 53, 115, 164, 192, 193, 194, 497, 516}
+# Raised before anything is sent: chdb is not installed, an option makes no sense.
+FATAL_ERRORS = (TableMismatchError, DataError, ProgrammingError, ImportError, TypeError)
+MAX_PAUSE = 5  # seconds between two attempts
+PROGRESS_INTERVAL = 5  # seconds between two lines of progress
 
 
-def reason(error):
-    """One line that says what went wrong, without the driver's trailers."""
-    # urllib3 keeps why there is no connection in `reason`, at the end of a long sentence.
+def is_fatal(error):
+    """Whether waiting does not cure the error."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error) or isinstance(error, FATAL_ERRORS):
+        return True
+    return getattr(error, "code", None) in FATAL_CODES
+
+
+def explain(error):
+    """Return one line that says what went wrong, without the driver's trailers."""
+    # urllib3 keeps the cause of a failed connection in `reason`, at the end of a long sentence.
     cause = str(getattr(error.__cause__, "reason", None) or "").rpartition(": ")[2]
     text = cause or str(error).strip() or type(error).__name__
     text = text.partition("server response: ")[2] or text
     return re.split(r" \(version | executing HTTP request|\n", text)[0][:500]
 
 
-def is_fatal(error):
-    """Whether ClickHouse's answer is one that waiting does not heal."""
-    return getattr(error, "code", None) in FATAL
-
-
-def explain(error):
-    """`reason`, with what the error's number means in front."""
-    return f"{FATAL[error.code]}: {reason(error)}" if is_fatal(error) else reason(error)
-
-
 class Producer:
     """Inserts batches at a steady pace until `stop` is set or `batches` are confirmed.
 
-    `say` gets a sentence at each change of state. After `run`, `rows` is what ClickHouse has
-    confirmed, and `error` the reason if it ended because of something that cannot heal.
+    `log` is called with a sentence at each change of state. `rows` counts the rows that ClickHouse
+    has confirmed; `error` is set if the producer ended because of a permanent error.
     """
 
-    def __init__(self, dsn, interval, rows, batches=None, seed=None, reset=False, say=print):
+    def __init__(self, dsn, interval, rows, batches=None, seed=None, reset=False, log=print):
         self.dsn, self.database = dsn, split_dsn(dsn)[1]
         self.interval, self.batch_rows, self.batches = interval, rows, batches
-        self.market, self.reset, self.say = Market(seed), reset, say
+        self.market, self.reset, self.log = Market(seed), reset, log
         self.stop = threading.Event()
         self.client = self.error = None
         self.rows = 0
-        self.unconfirmed = False  # a batch was sent, and nobody knows whether it arrived
+        self.unconfirmed = False  # a batch was sent, and its answer did not come yet
 
     def run(self):
         """Produce. Blocks; meant for a thread of its own."""
         try:
-            if self.until_it_works(self.open):
+            if self.retry(self.open):
                 self.produce()
         except Exception as error:
             self.error = error
@@ -303,25 +352,17 @@ class Producer:
                 self.client.close()
 
     def produce(self):
-        name, behind, number = uuid.uuid4().hex, False, 0
-        # The pace is kept by the monotonic clock, which nobody can set. `epoch` is what the
-        # wall clock shows when that one is at zero: it changes when somebody sets the wall clock.
-        due, epoch = time.monotonic(), time.time() - time.monotonic()
+        name, number = uuid.uuid4().hex, 0
+        due = time.monotonic()
         while number != self.batches and not self.stop.wait(due - time.monotonic()):
-            late = time.monotonic() - due
-            if abs(time.time() - time.monotonic() - epoch) > 0.1:
-                epoch = time.time() - time.monotonic()
-            if behind != (late > max(self.interval, 1)):
-                behind = not behind
-                self.say(f"behind by {late:.1f} s: catching up" if behind else "caught up")
-            span_ms = self.interval * 1000
-            start_ms = round((epoch + due) * 1000 - span_ms)
+            late, span_ms = time.monotonic() - due, self.interval * 1000
+            start_ms = round((time.time() - late) * 1000 - span_ms)
             batch = self.market.draw(self.batch_rows, start_ms, span_ms)
-            attempts = self.until_it_works(self.insert, batch, f"{name}-{number}")
+            attempts = self.retry(self.insert, batch, f"{name}-{number}")
             if not attempts:
                 return
             self.rows, number = self.rows + self.batch_rows, number + 1
-            # Slow inserts are caught up with; an outage is a pause of the market.
+            # Slow inserts are caught up with; after an outage the market goes on from now.
             due = time.monotonic() if attempts > 1 else due + self.interval
 
     def open(self):
@@ -344,14 +385,15 @@ class Producer:
         )
         self.unconfirmed = False
 
-    def until_it_works(self, step, *arguments):
-        """Call `step` until it returns. Returns how many attempts that took, 0 if stopped."""
+    def retry(self, step, *arguments):
+        """Call `step` until it succeeds. Returns the number of attempts, 0 if stopped.
+
+        Raises the error if it is permanent.
+        """
         attempts, pause = 1, 0.1
         while True:
             try:
                 step(*arguments)
-            except HOPELESS:
-                raise
             except Exception as error:
                 if is_fatal(error):
                     raise
@@ -359,13 +401,13 @@ class Producer:
                     self.client.close()
                     self.client = None
                 if attempts == 1:
-                    self.say(f"ClickHouse is away ({reason(error)}): no new ticks until it is back")
+                    self.log(f"ClickHouse is away, trying again: {explain(error)}")
                 if self.stop.wait(pause):
                     return 0
-                attempts, pause = attempts + 1, min(2 * pause, LONGEST_PAUSE)
+                attempts, pause = attempts + 1, min(2 * pause, MAX_PAUSE)
             else:
                 if attempts > 1:
-                    self.say("ClickHouse is back")
+                    self.log("ClickHouse is back")
                 return attempts
 
 
@@ -374,50 +416,42 @@ class Producer:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint is one line."""
+    """An ArgumentParser that reports a usage error in one line."""
 
     def error(self, message):
         message = re.sub(r"//\S*@", "//user:password@", message)  # a DSN without --dsn before it
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
-def seconds(text):
-    """A time in seconds, for argparse: more than 0 and at most a day."""
-    value = float(text)
-    if not 0 < value <= 86400:
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
-    return value
+def number(kind, low, high):
+    """Return an argparse type: an int or a float with low <= number <= high."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high:,}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it when `kind` raises ValueError
+    return parse
 
 
-def count(text):
-    """A number of things, for argparse: a whole number above 0."""
-    value = int(text)
-    if not 0 < value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
-    return value
-
-
-def whole(text):
-    """A seed, for argparse: a whole number, and numpy wants none below 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 up")
-    return value
+positive_int = number(int, 1, 2**31 - 1)
+seconds = number(float, 0.001, 86400)
 
 
 def dsn(text):
-    """A DSN, for argparse. The complaint does not repeat it: there may be a password in it."""
+    """Check a DSN. The error does not repeat it, since it may hold a password."""
     try:
         split_dsn(text)
     except ValueError:
-        options = f", of the options {DSN_OPTIONS}" if "?" in text else ""
         raise argparse.ArgumentTypeError(
-            f"it does not parse, expected {DSN_FORM} with %XX for special characters{options}"
+            f"the DSN does not parse, expected {DSN_FORM}, special characters as %XX"
         ) from None
     return text
 
 
-def add_dsn(parser):
+def add_dsn_option(parser):
     """Add --dsn, the same for both scripts."""
     parser.add_argument(
         "--dsn",
@@ -427,57 +461,45 @@ def add_dsn(parser):
     )
 
 
-def where(dsn):
-    """The DSN's host and database, for people: no user, no password."""
-    parts = urlsplit(dsn)
-    if parts.scheme == "chdb":
-        return f"the embedded engine in {unquote(parts.path) or 'memory'}"
-    return f"{parts.hostname}:{parts.port or 8123}, database {split_dsn(dsn)[1]}"
-
-
 def main(argv=None):
     """Run the producer; returns the exit status."""
     parser = Parser(prog="producer.py", description=__doc__.splitlines()[0])
-    add_dsn(parser)
+    add_dsn_option(parser)
     parser.add_argument("--interval", type=seconds, default=0.25, help="seconds between batches")
-    parser.add_argument("--rows", type=count, default=250, help="ticks in a batch")
-    parser.add_argument("--batches", type=count, help="stop after so many (default: never)")
-    parser.add_argument("--seed", type=whole, help="draw the same ticks again")
+    parser.add_argument("--rows", type=positive_int, default=250, help="ticks in a batch")
+    parser.add_argument("--batches", type=positive_int, help="stop after so many (default: never)")
+    parser.add_argument("--seed", type=number(int, 0, 2**63), help="draw the same ticks again")
     parser.add_argument("--reset", action="store_true", help="drop the table and its rows first")
     options = vars(parser.parse_args(argv))
 
-    # What the driver has to say of a failure, the producer says itself, once.
-    logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL)
-    terminal = sys.stdout.isatty()
+    logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL)  # reported here, once
 
-    def say(text, end="\n"):
+    def log(text):
         try:
-            print(f"\r\x1b[K{text}" if terminal else text, end=end, flush=True)
-        except OSError:  # nobody reads on, as in `producer.py | head`
+            print(text, flush=True)
+        except OSError:  # the reader of a pipe is gone, as in `producer.py | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             producer.stop.set()
 
-    producer = Producer(**options, say=say)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: producer.stop.set())
-    say(f"inserting into {where(options['dsn'])}")
+    producer = Producer(**options, log=log)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: producer.stop.set())
+    log(f"inserting into {describe_dsn(options['dsn'])}")
     worker = threading.Thread(target=producer.run, daemon=True)
     worker.start()
 
     started = shown = time.monotonic()
-    every = 0.5 if terminal else 5
     while worker.is_alive() and not producer.stop.is_set():
         worker.join(0.1)
         now = time.monotonic()
-        if now - shown >= every:
+        if now - shown >= PROGRESS_INTERVAL:
             rate = producer.rows / (now - started)
-            line = f"{producer.rows:,} rows, {rate:,.0f} rows a second"
-            say(line, end="" if terminal else "\n")
+            log(f"{producer.rows:,} rows, {rate:,.0f} rows a second")
             shown = now
-    worker.join(1.5)  # the batch in hand
+    worker.join(1.5)  # finish the batch in hand
 
     lost = ", the last batch was not confirmed" if producer.unconfirmed else ""
-    say(f"{producer.rows:,} rows written{lost}")
+    log(f"{producer.rows:,} rows written{lost}")
     if producer.error:
         print(f"producer.py: {explain(producer.error)}", file=sys.stderr)
         return 1

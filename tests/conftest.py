@@ -21,8 +21,8 @@ import perspective
 import pyarrow
 import pytest
 from clickhouse_http import ClickHouseProcess
-from tornado.httpclient import HTTPRequest
-from tornado.websocket import websocket_connect
+from tornado.httpclient import HTTPClientError, HTTPRequest
+from tornado.websocket import WebSocketClosedError, websocket_connect
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ["timestamp", "ticker", "client", "open", "high", "low", "close", "volume", "date"]
@@ -124,7 +124,7 @@ class Server(Script):
         )
 
 
-class Viewer:
+class Connection:
     """A Perspective client on a real websocket, with an event loop in a thread of its own."""
 
     def __init__(self, url, path="/websocket", headers=None):
@@ -162,18 +162,6 @@ class Viewer:
     def table(self, name="stock_values"):
         return self.run(self.client.open_table(name))
 
-    def rows(self, **config):
-        """All rows of the live table, as a Counter of tuples in the order of COLUMNS."""
-
-        async def read():
-            table = await self.client.open_table("stock_values")
-            view = await table.view(**config)
-            arrow = await view.to_arrow()
-            await view.delete()
-            return arrow
-
-        return counted(pyarrow.ipc.open_stream(self.run(read())).read_all())
-
     def close(self):
         if self.thread.is_alive():
             self.loop.call_soon_threadsafe(self.socket.close)
@@ -190,6 +178,142 @@ class Viewer:
 
     def __exit__(self, *error):
         self.close()
+
+
+class Mirror:
+    """A viewer that stays: it mirrors all tables of a server by snapshot, deltas and removals, and
+    connects again when it is cut off. This is what the page does, in Python.
+
+    `tables` holds {name: {index: {column: value}}}; times are ms since 1970, dates days. `received`
+    counts each row of the live table that came in a delta: a row that comes twice counts twice.
+    `snapshots` counts the connections that were complete, `updates` the deltas by table, and
+    `gaps` has the seconds between two deltas of the live table on one connection.
+    """
+
+    def __init__(self, url, live="stock_values"):
+        self.url, self.live = url, live
+        self.tables, self.received = {}, collections.Counter()
+        self.snapshots, self.removals, self.updates = 0, 0, collections.Counter()
+        self.gaps, self.last = [], None
+        self.lock, self.ended = threading.Lock(), threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self):
+        asyncio.run(self._keep_following())
+
+    async def _keep_following(self):
+        self.loop = asyncio.get_running_loop()
+        while not self.ended.is_set():
+            with contextlib.suppress(OSError, HTTPClientError):
+                await self._follow()
+            self.last = None
+            await asyncio.sleep(0.1)
+
+    async def _follow(self):
+        """Follow over one connection, until it ends."""
+        address = "ws" + self.url.removeprefix("http") + "/websocket"
+        self.socket = socket = await websocket_connect(address, max_message_size=1 << 30)
+
+        async def send(message):
+            with contextlib.suppress(WebSocketClosedError):
+                await socket.write_message(bytes(message), binary=True)
+
+        client = perspective.AsyncClient(send)
+        mirroring = asyncio.ensure_future(self._mirror_all(client))
+        try:
+            while (message := await socket.read_message()) is not None and not self.ended.is_set():
+                await client.handle_response(message)
+        finally:
+            mirroring.cancel()
+
+    async def _mirror_all(self, client):
+        while self.live not in (names := await client.get_hosted_table_names()):
+            await asyncio.sleep(0.1)
+        for name in names:
+            await self._mirror(client, name)
+        self.snapshots += 1
+
+    async def _mirror(self, client, name):
+        source = await client.open_table(name)
+        view, index = await source.view(), source.get_index()
+        waiting = []  # changes that come before the snapshot
+
+        def change(step, arrow):
+            rows = decoded(arrow)
+            if waiting is None:
+                self._apply(name, step, index, rows)
+            else:
+                waiting.append((step, rows))
+
+        await view.on_update(lambda _, arrow: change("update", arrow), mode="row")
+        await view.on_remove(lambda _, arrow: change("remove", arrow))
+        snapshot = decoded(await view.to_arrow())
+        with self.lock:
+            self.tables[name] = {row[index]: row for row in snapshot}
+        for step, rows in waiting:
+            self._apply(name, step, index, rows)
+        waiting = None
+
+    def _apply(self, name, step, index, rows):
+        with self.lock:
+            table = self.tables[name]
+            if step == "remove":
+                self.removals += len(rows)
+                for row in rows:
+                    del table[row[index]]
+                return
+            table.update((row[index], row) for row in rows)
+            self.updates[name] += 1
+            if name == self.live:
+                self.received.update(map(as_tick, rows))
+                now = time.monotonic()
+                if self.last:
+                    self.gaps.append(now - self.last)
+                self.last = now
+
+    def rows(self):
+        """The live table as a Counter of tuples in the order of COLUMNS."""
+        with self.lock:
+            return collections.Counter(map(as_tick, self.tables.get(self.live, {}).values()))
+
+    def table(self, name):
+        """A mirrored table: {index: {column: value}}."""
+        with self.lock:
+            return dict(self.tables.get(name, {}))
+
+    def status(self):
+        """The one row of the status table, None if it did not come yet."""
+        return next(iter(self.table(f"{self.live}_status").values()), None)
+
+    def wait_for_rows(self, rows, seconds=20):
+        wait_until(lambda: len(self.table(self.live)) == rows, seconds, f"{rows} rows")
+
+    def close(self):
+        self.ended.set()
+        with contextlib.suppress(AttributeError):  # never connected
+            self.loop.call_soon_threadsafe(self.socket.close)
+        self.thread.join(10)
+
+
+def decoded(arrow):
+    """An Arrow stream of Perspective as a list of {column: value}; times in ms, dates in days."""
+    table = pyarrow.ipc.open_stream(arrow).read_all()
+    columns = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if pyarrow.types.is_timestamp(column.type):
+            column = column.cast(pyarrow.timestamp("ms")).cast(pyarrow.int64())
+        elif pyarrow.types.is_date(column.type):
+            column = column.cast(pyarrow.date32()).cast(pyarrow.int32())
+        columns[name] = column.to_pylist()
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+
+
+def as_tick(row):
+    """A row as a tuple in the order of COLUMNS."""
+    return tuple(row.get(name) for name in COLUMNS)
 
 
 def counted(table):
@@ -262,7 +386,7 @@ def start():
 
     yield begin
     for thing in reversed(started):
-        if isinstance(thing, Viewer):
+        if isinstance(thing, Connection | Mirror):
             thing.close()
         elif thing.process.poll() is None:
             thing.kill()
