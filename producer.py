@@ -396,6 +396,7 @@ class Producer:
                 step(*arguments)
             except Exception as error:
                 if is_fatal(error):
+                    self.unconfirmed = False  # refused, so nothing is stored
                     raise
                 if self.client:
                     self.client.close()

@@ -66,6 +66,7 @@ class Proxy:
     def __init__(self, target_port, port=0):
         self.target_port = target_port
         self.connections = self.faults = 0
+        self.rewrite = bytes  # applied to each piece of a request; must keep its length
         self._fault = None
         self._writers = set()
         # Bound here and not in the loop, so that the port is known and taken at once.
@@ -199,7 +200,7 @@ class Proxy:
                 if len(data) > room:
                     writer.write(data[:room])
                     self._cut_if("cut_request", fault)
-            writer.write(data)
+            writer.write(self.rewrite(data))
             request.sent += len(data)
             await writer.drain()
 

