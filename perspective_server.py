@@ -1,6 +1,6 @@
 """Follow a ClickHouse table and relay its rows to every open browser.
 
-    ClickHouse -> Tail -> Perspective tables -> Relay -> websocket -> a mirror in each browser
+    ClickHouse -> Tail -> Perspective tables -> Relay -> websockets -> a mirror in each browser
 
 The server computes nothing for viewers: each page has a Perspective engine of its own. There is no
 login and no TLS here; put a reverse proxy in front. `python perspective_server.py --help` lists the
@@ -38,29 +38,22 @@ from tornado.web import Application, RequestHandler
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 import producer
-from producer import (
-    COLUMNS,
-    MAX_PAUSE,
-    QUERY_TIMEOUT,
-    TABLE,
-    TableMismatchError,
-    explain,
-)
+from producer import COLUMNS, MAX_PAUSE, QUERY_TIMEOUT, TABLE, TableMismatchError, explain
 
 log = logging.getLogger("perspective_server")
 
 # ---------------------------------------------------------------------------------------------
-# What viewers get. The live table is a window of the newest rows, named as the ClickHouse table.
-# Rollups are further tables, computed by ClickHouse; to add one, add an entry to ROLLUPS. And
-# `<table>_status` has one row that says how the server is doing.
+# What viewers get: the live table, which is a window of the newest rows and named as the ClickHouse
+# table; the rollups, which ClickHouse computes; and `<live table>_status`, whose one row says how
+# the server is doing. To add a rollup, add an entry to ROLLUPS.
 
 
 class Rollup(NamedTuple):
-    """The table `<live table>_<name>` with one row for each `index`; its rows are what `sql` gives.
+    """The table `<live table>_<name>` with the rows that `sql` gives, one for each `index`.
 
-    In the SQL, {ticks} stands for all ticks that count and {recent} for the last five minutes of
-    them, both with the columns of TICKS. It runs when rows have changed, at most every `interval`
-    seconds.
+    In the SQL, {source} stands for the ClickHouse table, {ticks} for the ticks that count, with the
+    columns of TICKS, and {recent} for the last five minutes of them. It runs when rows have
+    changed, at most every `interval` seconds.
     """
 
     name: str
@@ -69,12 +62,12 @@ class Rollup(NamedTuple):
     sql: str
 
 
-# Ticks count if they are stamped from the year 2000 up to a minute from now, so that one wrong
-# clock neither holds a price nor stretches an axis. Values are made safe for Perspective as in
-# `select_safely`. Ticks of the same millisecond are ordered by insert block and offset; as one
-# number, since comparing tuples takes ClickHouse five times as long.
+# Ticks count if they are stamped from the year 2000 up to a minute from now: one wrong clock must
+# neither hold a price nor stretch an axis. Ticks of the same millisecond are ordered by insert
+# block and offset; as one number, since comparing tuples takes ClickHouse five times as long.
 COUNTS = """t.timestamp >= toDateTime64('2000-01-01 00:00:00', 3, 'UTC')
         AND t.timestamp <= now64(3) + INTERVAL 1 MINUTE"""
+ARRIVAL = "toInt128(ms) * 1000000000000000000 + t._block_number * 1000000000 + t._block_offset"
 TICKS = f"""(
     SELECT
         t.timestamp AS time,
@@ -88,23 +81,28 @@ TICKS = f"""(
         toFloat64(t.volume) AS volume,
         {{arrival}} AS arrival
     FROM {{source}} AS t
-    WHERE {COUNTS}{{condition}}
+    WHERE {COUNTS} {{condition}}
 ) AS t"""
-ARRIVAL = "toInt128(ms) * 1000000000000000000 + t._block_number * 1000000000 + t._block_offset"
-# "The last five minutes" end at the newest tick, not at the clock: after a pause or a restart the
-# last data are there. They begin with a whole candle.
-RECENT = f""" AND t.timestamp >= toStartOfInterval(
+# The five minutes end at the newest tick, not at the clock: after a pause or a restart the last
+# data are there. They begin with a whole candle.
+RECENT = f"""AND t.timestamp >= toStartOfInterval(
         (SELECT t.timestamp FROM {{source}} AS t WHERE {COUNTS} ORDER BY t.timestamp DESC LIMIT 1)
         - INTERVAL 5 MINUTE, INTERVAL 2 SECOND)"""
-MAX_ROLLUP_ROWS = 20_000  # the tickers with the most volume first
-# Keys are reused after 256 intervals, since Perspective never forgets a text. Fewer than that are
-# shown at once, and a number behind a space, or a length before a text, keeps keys distinct.
+OHLCV = """argMin(t.open, t.arrival) AS open,
+            max(t.high) AS high,
+            min(t.low) AS low,
+            argMax(t.close, t.arrival) AS close,
+            sum(t.volume) AS volume"""
+# Size is bounded: the tickers with the most volume come first.
+MOST_VOLUME = "sum(volume) OVER (PARTITION BY ticker) DESC, ticker, time DESC LIMIT 20000"
+# Perspective never forgets a text, so keys are used again after 256 intervals; at most 161 are
+# there at once. The number behind the last space, and the length before a text, keep keys distinct.
 ROLLUPS = [
     Rollup(
         "tickers",
         index="ticker",
         interval=1,
-        sql=f"""
+        sql="""
         SELECT
             t.ticker AS ticker,
             argMax(t.close, t.arrival) AS last,
@@ -112,28 +110,24 @@ ROLLUPS = [
             max(t.high) AS high,
             min(t.low) AS low,
             sum(t.volume) AS volume
-        FROM {{recent}}
+        FROM {recent}
         GROUP BY t.ticker
-        ORDER BY volume DESC, ticker LIMIT {MAX_ROLLUP_ROWS}""",
+        ORDER BY volume DESC, ticker LIMIT 20000""",
     ),
     Rollup(
         "candles",
         index="key",
         interval=1,
         sql=f"""
+        WITH 2000 AS step
         SELECT
-            concat(ticker, ' ', toString(intDiv(t.ms, 2000) % 256)) AS key,
-            fromUnixTimestamp64Milli(intDiv(t.ms, 2000) * 2000, 'UTC') AS time,
+            concat(t.ticker, ' ', toString(intDiv(t.ms, step) % 256)) AS key,
+            fromUnixTimestamp64Milli(intDiv(t.ms, step) * step, 'UTC') AS time,
             t.ticker AS ticker,
-            argMin(t.open, t.arrival) AS open,
-            max(t.high) AS high,
-            min(t.low) AS low,
-            argMax(t.close, t.arrival) AS close,
-            sum(t.volume) AS volume
+            {OHLCV}
         FROM {{recent}}
-        GROUP BY t.ticker, intDiv(t.ms, 2000)
-        ORDER BY sum(volume) OVER (PARTITION BY ticker) DESC, ticker, time DESC
-        LIMIT {MAX_ROLLUP_ROWS}""",
+        GROUP BY t.ticker, intDiv(t.ms, step)
+        ORDER BY {MOST_VOLUME}""",
     ),
     Rollup(
         "history",
@@ -141,27 +135,22 @@ ROLLUPS = [
         interval=30,
         sql=f"""
         WITH
-            (SELECT (min(t.ms), max(t.ms)) FROM {{ticks}}) AS span,
-            -- seconds: at most 160 steps, since 13 tickers and 9 clients make 117 rows of each
-            arrayFirst(s -> span.2 - span.1 < s * 160000, [1, 5, 15, 60, 300, 900, 3600, 14400,
-                86400, 604800, 2592000, 7776000, 31536000]) * 1000 AS step
+            (SELECT max(t.ms) - min(t.ms) FROM {{ticks}}) AS span,
+            arrayFirst(seconds -> span < seconds * 160000, -- 160 steps of ms
+                [1, 5, 15, 60, 300, 900, 3600, 14400, 86400, 604800, 2592000, 7776000, 31536000]
+            ) * 1000 AS step
         SELECT
-            concat(toString(intDiv(t.ms, step) % 256), ' ', toString(length(ticker)), ' ',
-                ticker, ' ', client) AS key,
+            concat(toString(length(t.ticker)), ' ', t.ticker, ' ', t.client, ' ',
+                toString(intDiv(t.ms, step) % 256)) AS key,
             fromUnixTimestamp64Milli(intDiv(t.ms, step) * step, 'UTC') AS time,
             t.ticker AS ticker,
             t.client AS client,
-            argMin(t.open, t.arrival) AS open,
-            max(t.high) AS high,
-            min(t.low) AS low,
-            argMax(t.close, t.arrival) AS close,
-            sum(t.volume) AS volume,
+            {OHLCV},
             toFloat64(count()) AS ticks,
             max(t.time) AS last_tick
         FROM {{ticks}}
         GROUP BY t.ticker, t.client, intDiv(t.ms, step)
-        ORDER BY sum(volume) OVER (PARTITION BY ticker) DESC, ticker, client, time DESC
-        LIMIT {MAX_ROLLUP_ROWS}""",
+        ORDER BY {MOST_VOLUME}""",
     ),
 ]
 ROLLUP_COLUMNS = {name: kind for name, kind in COLUMNS.items() if name != "date"}
@@ -172,14 +161,14 @@ def rollup_sql(rollup, source, block_numbers=True):
     arrival = ARRIVAL if block_numbers else "ms"
     ticks = functools.partial(TICKS.format, source=source, arrival=arrival)
     recent = ticks(condition=RECENT.format(source=source))
-    return rollup.sql.format(ticks=ticks(condition=""), recent=recent)
+    return rollup.sql.format(source=source, ticks=ticks(condition=""), recent=recent)
 
 
 def select_safely(name, kind):
     """Return SQL that selects a column of a ClickHouse type as a value that Perspective takes.
 
-    Text that is not UTF-8 would raise, and NaN and infinity leave wrong sums behind. Integers of 64
-    bits are text, since a browser rounds them above 2^53; what Perspective has no type for, too.
+    Text that is not UTF-8 would raise; NaN and infinity would leave wrong sums behind. What
+    Perspective has no type for is text, and so are integers of 64 bits: a browser rounds them.
     """
     column = quote_identifier(name)
     plain = re.sub(r"(Nullable|LowCardinality|SimpleAggregateFunction)\((\w+, )?", "", kind)
@@ -187,7 +176,7 @@ def select_safely(name, kind):
         value = column
     elif plain.startswith("DateTime"):
         value = f"toDateTime64({column}, 3, 'UTC')"
-    elif re.match(r"Float|BFloat|Decimal", plain):
+    elif plain.startswith(("Float", "BFloat", "Decimal")):
         number = column if plain.startswith("Float") else f"toFloat64({column})"
         value = f"if(isFinite({number}), {number}, NULL)"
     else:
@@ -248,8 +237,8 @@ ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # https://arrow.apache.org/docs/format/
 TABLE_GONE = {60, 81, 218}  # ClickHouse's errors for a table or database that was dropped meanwhile
 IDLE_INTERVAL = 5  # seconds between polls while nobody looks
 RATE_SECONDS = 10  # over which rows_per_second is counted
-# Perspective never forgets a text, so the tables are made anew after so many that may be new: 330
-# bytes each in the server, and in each browser.
+# Perspective never forgets a text, so the tables are made anew after so many that may be new, of
+# 330 bytes each in the server and in each browser.
 MAX_TEXTS = 1_500_000
 
 
@@ -269,7 +258,7 @@ class Tail:
         self.stop, self.wake = threading.Event(), threading.Event()
         self.client = self.metadata = self.error = None
         self.columns = {}  # ClickHouse types by name
-        self.slot, self.arrival = "slot", "arrival"  # names of the ring's columns
+        self.hosted = None  # the columns with which the tables were made
         self.arrived = self.revision = self.texts = 0
         self.checkpoints = collections.deque()  # see `window_is_intact`
         self.state, self.reported, self.due = "down", None, time.monotonic()
@@ -281,10 +270,10 @@ class Tail:
         """Bring the live table up to date. May raise anything; the next poll then goes on."""
         if self.client is None:
             self.client = producer.connect(self.dsn)
-        [row] = self.query(METADATA_SQL.format(**self.names))
-        if row[0] is None or row[0][0] is None:
-            raise LookupError(f"there is no table {self.source}")
-        now = Metadata(*row[0], *row[2:])
+        [(definition, _, *others)] = self.query(METADATA_SQL.format(**self.names))
+        if definition is None or definition[0] is None:
+            raise LookupError
+        now = Metadata(*definition, *others)
         if now != self.metadata and (self.must_reload(now) or not self.append(now)):
             self.load_window(now)
 
@@ -297,11 +286,7 @@ class Tail:
         grown = now.rows - old.rows
         skipped = max(0, grown - self.limit)  # rows that this very poll would overwrite
         first = self.arrived + skipped
-        rows = self.read_rows(
-            f"FROM {self.source} WHERE _block_number > {old.head} AND _block_number <= {now.head}"
-            f" ORDER BY _block_number, _block_offset LIMIT {self.limit} OFFSET {skipped}",
-            first,
-        )
+        rows = self.read_rows(old.head, now.head, skipped, first)
         self.metadata = None  # if Perspective fails half-way, only a fresh window is sure
         self.relay.tables[self.table].update(rows)
         came, expected = self.count_arrived(first), grown - skipped
@@ -315,18 +300,16 @@ class Tail:
     def must_reload(self, now):
         """Whether anything but inserts and deletions may have happened since the last poll."""
         old = self.metadata
-        if old is None or now.uuid != old.uuid or now.patch != old.patch or now.head < old.head:
+        if old is None or (now.uuid, now.patch) != (old.uuid, old.patch) or now.head < old.head:
+            return True
+        if now.definition != old.definition and self.check_table() != self.hosted:
             return True
         if now.mutations != old.mutations:
-            numbers = {
-                "first": min(old.mutations[0] + 1, now.mutations[0]),
-                "last": now.mutations[0],
-            }
-            [(rewrites,)] = self.query(REWRITES_SQL.format(**self.names, **numbers))
-            if rewrites:
-                return True
-        columns_changed = now.definition != old.definition and self.check_table() != self.columns
-        return columns_changed or self.texts > MAX_TEXTS
+            last = now.mutations[0]
+            first = min(old.mutations[0] + 1, last)
+            [(rewrites,)] = self.query(REWRITES_SQL.format(**self.names, first=first, last=last))
+            return rewrites > 0
+        return self.texts > MAX_TEXTS
 
     def window_is_intact(self, old):
         """Whether ClickHouse still has all rows of the window.
@@ -344,43 +327,29 @@ class Tail:
     def load_window(self, now):
         """Make the newest rows the content of the live table, which is made if need be."""
         columns = self.check_table()
-        make = columns != self.columns or self.texts > MAX_TEXTS
+        replace = columns == self.hosted and self.texts <= MAX_TEXTS
         self.metadata, self.columns, first = None, columns, self.arrived
-        names = ", ".join(map(quote_identifier, columns))
-        newest = (
-            f"WHERE _block_number <= {now.head} ORDER BY _block_number DESC, _block_offset DESC"
-        )
-        rows = self.read_rows(
-            f"FROM (SELECT {names}, _block_number, _block_offset FROM {self.source} {newest}"
-            f" LIMIT {self.limit}) ORDER BY _block_number, _block_offset",
-            first,
-        )
-        if make:
-            self.make_tables(rows)
-        else:
-            self.relay.tables[self.table].replace(rows)
-            log.info("rows were changed or removed: the window was read anew")
-        came = self.count_arrived(first)
-        [(block, behind)] = self.query(
-            "WITH (SELECT min(b) FROM"
-            f" (SELECT _block_number AS b FROM {self.source} {newest} LIMIT {came})) AS oldest"
-            f" SELECT toInt64(oldest) - 1, count() FROM {self.source}"
+        [(block, count)] = self.query(  # of the window's oldest row, and how many rows from it on
+            f"WITH (SELECT min(b) FROM (SELECT _block_number AS b FROM {self.source}"
+            f" WHERE b <= {now.head} ORDER BY b DESC LIMIT {self.limit})) AS oldest"
+            f" SELECT toInt64(oldest), count() FROM {self.source}"
             f" WHERE _block_number >= oldest AND _block_number <= {now.head}"
         )
-        self.checkpoints = collections.deque([(block, first + came - behind)])
+        skipped = max(0, count - self.limit)
+        rows = self.read_rows(block - 1, now.head, skipped, first)
+        if replace:
+            self.relay.tables[self.table].replace(rows)
+            log.info("rows were changed or removed: the window was read anew")
+        else:
+            self.make_tables(rows)
+            self.hosted = columns
+        self.checkpoints = collections.deque([(block - 1, first - skipped)])
+        came = self.count_arrived(first)
         self.move_cursor(now, first + came, came)
-
-    def check_table(self):
-        """Return the table's columns; see `producer.check_table`."""
-        expected = COLUMNS if self.table == TABLE else {}
-        columns = producer.check_table(self.client, self.database, self.table, expected)
-        if not columns:
-            raise LookupError
-        return columns
 
     def make_tables(self, rows):
         """Make all tables anew, the live one last: a viewer who finds it finds all."""
-        tables = {}
+        tables, self.texts = {}, 0
         nothing = f"(SELECT *, _block_number, _block_offset FROM {self.source} WHERE 0)"
         for rollup in self.rollups:
             try:
@@ -389,16 +358,15 @@ class Tail:
             except Exception as error:
                 log.warning("no rollup %s: %s", rollup.name, explain(error))
         self.relay.host(tables | {self.table: (rows, self.ring[0])})
-        self.texts = 0
 
     @property
     def rollups(self):
-        """The rollups whose columns the table has."""
+        """The rollups, if the table has the columns that they need."""
         return ROLLUPS if ROLLUP_COLUMNS.items() <= self.columns.items() else []
 
     @property
     def ring(self):
-        """The names of slot and arrival; names that the table has get a line behind them."""
+        """Names of the columns slot and arrival; where the table has one, with a line behind it."""
 
         def free(name):
             return free(f"{name}_") if name in self.columns else name
@@ -407,13 +375,12 @@ class Tail:
 
     def move_cursor(self, now, arrived, came):
         """Note that Perspective has the rows."""
-        self.metadata, self.arrived = now, arrived
-        self.revision += 1
+        self.metadata, self.arrived, self.revision = now, arrived, self.revision + 1
         self.checkpoints.append((now.head, arrived))
         while len(self.checkpoints) > 1 and self.checkpoints[1][1] <= arrived - self.limit:
             self.checkpoints.popleft()
-        texts = [kind for kind in self.columns.values() if kind in ("String", "Nullable(String)")]
-        self.texts += came * len(texts)
+        texts = sum(select_safely("", kind).startswith("toV") for kind in self.columns.values())
+        self.texts += came * texts
         self.rows = self.relay.tables[self.table].size()
         self.delivered += came
         self.deliveries.append((time.monotonic(), came))
@@ -421,10 +388,10 @@ class Tail:
             self.lag_ms = self.measure_lag()
 
     def measure_lag(self):
-        """Age in ms of the newest tick that counts, None if the window has none."""
+        """Age in ms of the newest tick that counts; None if the window has none."""
         newest = self.relay.views[self.table].get_min_max("timestamp")[1]
         now = time.time() * 1000
-        if newest and newest > now + 60_000:  # of a wrong clock
+        if newest and newest > now + 60_000:  # stamped by a wrong clock
             [(newest,)] = self.query(
                 f"SELECT toUnixTimestamp64Milli(max(t.timestamp)) FROM {self.source} AS t"
                 f" WHERE {COUNTS} AND _block_number > {self.checkpoints[0][0]}"
@@ -436,15 +403,28 @@ class Tail:
         newest = self.relay.views[self.table].get_min_max(self.ring[1])[1]
         return 0 if newest is None else max(0, int(newest) + 1 - first)
 
-    def read_rows(self, source, first):
-        """Read rows and number them from `first` on; `source` is SQL from FROM to the end."""
+    def check_table(self):
+        """Return the table's columns; see `producer.check_table`."""
+        expected = COLUMNS if self.table == TABLE else {}
+        columns = producer.check_table(self.client, self.database, self.table, expected)
+        if not columns:
+            raise LookupError
+        return columns
+
+    def read_rows(self, after, until, skipped, first):
+        """Read the rows of the blocks `after` < number <= `until`, in the order of arrival.
+
+        The first ones are skipped; the others are numbered from `first` on.
+        """
         slot, arrival = map(quote_identifier, self.ring)
         number = f"(rowNumberInAllBlocks() + {first})"
         names = ", ".join(map(quote_identifier, self.columns))
         values = ", ".join(select_safely(name, kind) for name, kind in self.columns.items())
         return self.read_arrow(
             f"SELECT {values}, toInt32({number} % {self.limit}) AS {slot},"
-            f" toFloat64({number}) AS {arrival} FROM (SELECT {names} {source})"
+            f" toFloat64({number}) AS {arrival} FROM (SELECT {names} FROM {self.source}"
+            f" WHERE _block_number > {after} AND _block_number <= {until}"
+            f" ORDER BY _block_number, _block_offset LIMIT {self.limit} OFFSET {skipped})"
         )
 
     def read_arrow(self, sql):
@@ -465,20 +445,18 @@ class Tail:
             try:
                 self.poll()
             except Exception as error:
-                hosted, permanent = self.table in self.relay.tables, TableMismatchError
-                if not hosted and type(error) is permanent:
+                if type(error) is TableMismatchError and self.table not in self.relay.tables:
                     self.error = error
                     break
                 self.report_failure(error)
                 wait = pause = min(max(2 * pause, self.interval), MAX_PAUSE)
             else:
                 self.report("up", f"following {self.database}.{self.table}")
-                idle = not self.relay.viewers
-                pause, wait = 0, max(self.interval, IDLE_INTERVAL if idle else 0)
-                wait = max(0, began + wait - time.monotonic())
+                pause, idle = 0, not self.relay.viewers
+                wait = began - time.monotonic() + max(self.interval, IDLE_INTERVAL * idle)
             self.poll_ms = round(1000 * (time.monotonic() - began), 1)
             self.due = time.monotonic() + wait
-            self.wake.wait(wait)
+            self.wake.wait(max(0, wait))
             self.wake.clear()
         self.close()
 
@@ -486,9 +464,8 @@ class Tail:
         if isinstance(error, TableMismatchError):
             self.report("no table", str(error))
         elif isinstance(error, LookupError) or getattr(error, "code", None) in TABLE_GONE:
-            name = f"{self.database}.{self.table}"
             hint = ": start producer.py" if self.table == TABLE else ""
-            self.report("no table", f"there is no table {name}, waiting for it{hint}")
+            self.report("no table", f"no table {self.database}.{self.table}, waiting for it{hint}")
         else:
             self.close()  # in chDB, the rest of an answer would stand before the next one
             problem = "cannot use ClickHouse" if producer.is_fatal(error) else "ClickHouse is away"
@@ -510,16 +487,16 @@ class Tail:
 
     def health(self):
         """What /healthz says."""
-        now = time.monotonic()
-        span = max(RATE_SECONDS, 2 * self.interval)
-        recent = sum(rows for when, rows in list(self.deliveries) if when > now - span)
+        now, span = time.monotonic(), max(RATE_SECONDS, 2 * self.interval)
+        while self.deliveries and self.deliveries[0][0] < now - span:
+            self.deliveries.popleft()
         overdue = now - self.due > 2 * MAX_PAUSE
         return {
             "clickhouse": "down" if overdue else self.state,
             "table": self.table,
             "rows": self.rows,
             "delivered": self.delivered,
-            "rows_per_second": round(recent / span),
+            "rows_per_second": round(sum(rows for _, rows in list(self.deliveries)) / span),
             "lag_ms": self.lag_ms,
             "poll_ms": self.poll_ms,
             "viewers": len(self.relay.viewers),
@@ -528,7 +505,7 @@ class Tail:
 
 # ---------------------------------------------------------------------------------------------
 # Rollups run in a thread and with a client of their own: a slow or failing one never holds up the
-# tail. ClickHouse computes all rows each time, and those that differ from the last time go to
+# tail. ClickHouse computes all rows each time. Those that differ from the last time go to
 # Perspective, and from there to the viewers.
 
 ROLLUP_SHARE = 0.1  # of the time, for all of them together
@@ -571,8 +548,7 @@ class Rollups:
             if self.client is None:
                 self.client = producer.connect(self.tail.dsn, send_receive_timeout=ROLLUP_TIMEOUT)
             settings = SETTINGS | {"max_execution_time": ROLLUP_TIMEOUT}
-            formats = {"DateTime64": "int"}
-            result = self.client.query(sql, settings=settings, query_formats=formats)
+            result = self.client.query(sql, settings=settings, query_formats={"DateTime64": "int"})
             self.apply(rollup, result.column_names, result.result_rows)
         except Exception as error:
             if self.client:
@@ -583,14 +559,11 @@ class Rollups:
                 log.warning("rollup %s fails, trying again: %s", rollup.name, explain(error))
         else:
             self.seen[rollup.name] = revision
-            if rollup.name in self.failing:
-                self.failing.remove(rollup.name)
-                log.info("rollup %s works again", rollup.name)
+            self.failing.discard(rollup.name)
 
     def apply(self, rollup, names, rows):
         """Update the rollup's table by what differs from the last run."""
-        index = names.index(rollup.index)
-        rows = {row[index]: row for row in rows}
+        rows = {row[names.index(rollup.index)]: row for row in rows}
         with self.relay.lock:
             table = self.relay.tables.get(f"{self.tail.table}_{rollup.name}")
             known, old = self.rows.pop(rollup.name, (None, {}))
@@ -609,69 +582,6 @@ class Rollups:
 # ---------------------------------------------------------------------------------------------
 # The relay. All viewers of a table want the same: its rows, then its changes. So the engine has one
 # plain view of each table, and what it says once is sent to everybody.
-#
-# Whoever can send to a Perspective session can do anything, so viewers' requests never reach the
-# engine, but for a few questions without arguments. The others on the short list in `Viewer.answer`
-# are answered here, and everything else is refused with Perspective's own error.
-#
-# A request is a protobuf message: field 1 is its id, field 2 the table or view it is about, and one
-# more field says what is asked. The answer carries the same id and name. The numbers are those of
-# rust/perspective-client/perspective.proto in the Perspective repository.
-
-FEATURES, HOSTED_TABLES, SCHEMA, SIZE = 3, 4, 7, 8
-MAKE_VIEW, DELETE_VIEW, TO_ARROW, SERVER_ERROR = 6, 11, 16, 50
-ON_UPDATE, CANCEL_UPDATE, ON_REMOVE, CANCEL_REMOVE = 21, 22, 39, 40
-
-STATUS_INTERVAL = 1  # seconds
-MAX_VIEWERS = 2000
-MAX_VIEWS = 20  # of one viewer; the dashboard has five
-MAX_MESSAGE = 4096  # bytes from a viewer; the dashboard's are below 100
-MAX_SNAPSHOTS_UNREAD = 4  # how far a viewer may be behind before it is disconnected
-PING_SECONDS = 60  # a viewer that answers no ping for so long is gone
-REQUEST_SHARE = 0.1  # of the time that the requests of one viewer may take
-
-
-def field(number, value):
-    """Encode one protobuf field: an int, or bytes (https://protobuf.dev/programming-guides/encoding)."""
-
-    def varint(value):
-        low, rest = value & 0x7F, value >> 7
-        return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
-
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def fields(message):
-    """Decode a protobuf message of ints and bytes into {number: value}.
-
-    Raises ValueError if it holds anything else, a field twice, or is not encoded as `field` would.
-    """
-
-    def varint():
-        nonlocal rest
-        value = 0
-        for place, byte in enumerate(rest[:10]):
-            rest = rest[1:]
-            value |= (byte & 0x7F) << 7 * place
-            if byte < 0x80:
-                return value
-        raise ValueError("malformed number")
-
-    found, rest = {}, message
-    while rest:
-        tag = varint()
-        value = varint()
-        if tag & 7 == 2:
-            value, rest = rest[:value], rest[value:]
-        found[tag >> 3] = value
-    if b"".join(field(number, value) for number, value in found.items()) != message:
-        raise ValueError("malformed message")
-    return found
-
-
-SUBSCRIPTIONS = {ON_UPDATE: field(1, 0), ON_REMOVE: b""}  # with what they carry: updates by row
 
 
 class Relay:
@@ -687,26 +597,10 @@ class Relay:
         self.snapshots = {}  # futures by table, until its next change
         self.max_unread = 4 << 20  # bytes
 
-    def host_status(self, tail):
-        """Host the table with what /healthz says, the version of the page and the time."""
-        self.status_name = f"{tail.table}_status"
-        page = hashlib.sha256(PAGE.read_bytes()).hexdigest()[:8]
-        self.version = f"{importlib.metadata.version('perspective-python')} {page}"
-        texts = dict.fromkeys(("clickhouse", "table", "columns", "version"), "string")
-        self.add_table(
-            self.status_name, dict.fromkeys([*tail.health(), "time"], "float") | texts, "table"
-        )
-        self.publish_status(tail)
-
-    def publish_status(self, tail):
-        more = {"columns": json.dumps([*tail.columns, *tail.ring]), "version": self.version}
-        status = tail.health() | more | {"time": round(time.time() * 1000)}
-        self.tables[self.status_name].update([status])
-
     def host(self, tables):
-        """Make tables anew: {name: (rows as an Arrow stream, name of the index)}.
+        """Make all tables but the status anew: {name: (Arrow stream, name of the index)}.
 
-        Viewers that have mirrors of other tables than these are disconnected, and come back.
+        Viewers, whose mirrors are of other tables then, are disconnected and come back.
         """
         with self.lock:
             outdated = [name for name in self.tables if name != self.status_name]
@@ -726,18 +620,18 @@ class Relay:
         view.on_remove(lambda _, arrow: self.publish(name, ON_REMOVE, arrow))
         self.tables[name], self.views[name] = table, view
 
-    def publish(self, name, number, arrow):
+    def publish(self, name, kind, arrow):
         """Send a change to all who subscribed; called in the thread that made the change."""
-        self.loop.call_soon_threadsafe(self.send, name, number, field(number, field(1, arrow)))
+        self.loop.call_soon_threadsafe(self.send, name, kind, field(kind, field(1, arrow)))
 
-    def send(self, name, number, body):
+    def send(self, name, kind, body):
         self.snapshots.pop(name, None)
         for viewer in list(self.viewers):
-            for head in viewer.subscribed(name, number):
+            for head in viewer.subscribed(name, kind):
                 viewer.send(head + body)
 
     async def snapshot(self, name):
-        """The rows of a table as an Arrow stream; computed once between two changes."""
+        """The rows of a table as an Arrow stream; read once between two changes."""
         if name not in self.snapshots:
             to_arrow = self.views[name].to_arrow
             self.snapshots[name] = self.loop.run_in_executor(None, to_arrow)
@@ -745,101 +639,177 @@ class Relay:
         self.max_unread = max(self.max_unread, MAX_SNAPSHOTS_UNREAD * len(arrow))
         return arrow
 
-    def disconnect_viewers(self):
+    def disconnect_viewers(self, code=1012, reason="the tables were made anew"):
         self.snapshots.clear()
         for viewer in list(self.viewers):
-            viewer.close(1012, "the tables were made anew")
+            viewer.close(code, reason)
+
+    def host_status(self, tail):
+        """Host the table with what /healthz says, the table's columns, the version and the time."""
+        self.status_name = f"{tail.table}_status"
+        page = hashlib.sha256(PAGE.read_bytes()).hexdigest()[:8]
+        self.version = f"{importlib.metadata.version('perspective-python')} {page}"
+        types = dict.fromkeys([*tail.health(), "time"], "float")
+        types |= dict.fromkeys(("clickhouse", "table", "columns", "version"), "string")
+        self.add_table(self.status_name, types, "table")
+        self.publish_status(tail)
+
+    def publish_status(self, tail):
+        more = {"columns": json.dumps([*tail.columns, *tail.ring]), "version": self.version}
+        status = tail.health() | more | {"time": round(time.time() * 1000)}
+        self.tables[self.status_name].update([status])
 
 
-class RefusedError(Exception):
-    """A viewer asked for something that it may not have."""
+# ---------------------------------------------------------------------------------------------
+# What a viewer may send. Whoever can send to a Perspective session can do anything, so viewers'
+# requests do not reach the engine, but for four questions that carry nothing. The others on the
+# list in `Viewer.answer` are answered here. Everything else gets Perspective's own error.
+#
+# A request is a protobuf message: field 1 is its id, field 2 the table or view it is about, and one
+# more field says what is asked. The answer carries the same id and name. The numbers are those of
+# rust/perspective-client/perspective.proto in the Perspective repository.
+
+FEATURES, HOSTED_TABLES, SCHEMA, SIZE = 3, 4, 7, 8
+MAKE_VIEW, DELETE_VIEW, TO_ARROW, SERVER_ERROR = 6, 11, 16, 50
+ON_UPDATE, CANCEL_UPDATE, ON_REMOVE, CANCEL_REMOVE = 21, 22, 39, 40
+
+MAX_VIEWERS = 2000
+MAX_VIEWS = 20  # of one viewer; the dashboard has five
+MAX_MESSAGE = 4096  # bytes from a viewer; the dashboard's are below 100
+MAX_SNAPSHOTS_UNREAD = 4  # as much may wait for a viewer to read it
+PING_SECONDS = 60  # a viewer that answers no ping for so long is gone
+REQUEST_SHARE = 0.1  # of the time that one viewer's requests may take
+
+
+def field(number, value):
+    """Encode a protobuf field, int or bytes: https://protobuf.dev/programming-guides/encoding"""
+
+    def varint(value):
+        low, rest = value & 0x7F, value >> 7
+        return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
+
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def fields(message):
+    """Decode a protobuf message of ints and bytes into {number: value}.
+
+    Raises ValueError if it is not just what `field` would encode, each number once.
+    """
+
+    def varint():
+        nonlocal rest
+        value = 0
+        for place, byte in enumerate(rest[:10]):
+            rest = rest[1:]
+            value |= (byte & 0x7F) << 7 * place
+            if byte < 0x80:
+                return value
+        raise ValueError("malformed number")
+
+    found, rest = {}, message
+    while rest:
+        tag, value = varint(), varint()
+        if tag & 7 == 2:
+            value, rest = rest[:value], rest[value:]
+        found[tag >> 3] = value
+    if b"".join(field(number, value) for number, value in found.items()) != message:
+        raise ValueError("malformed message")
+    return found
 
 
 class Viewer(WebSocketHandler):
     """One viewer's connection."""
 
-    def initialize(self, relay, tail, origins):
-        self.relay, self.tail, self.origins = relay, tail, origins
-        self.session = relay.server.new_session(self.answer_from_engine)
+    def initialize(self):
+        self.relay, self.tail = self.settings["relay"], self.settings["tail"]
+        self.session = self.relay.server.new_session(self.answer_from_engine)
         self.views = {}  # table by the view's name
         self.subscriptions = {}  # head of the messages by (view, ON_UPDATE or ON_REMOVE)
 
     def check_origin(self, origin):
-        return is_known_origin(origin, self.request, self.origins)
+        return is_known_origin(origin, self)
 
     def open(self):
         if len(self.relay.viewers) >= MAX_VIEWERS:
             self.close(1013, f"the server is full: it takes {MAX_VIEWERS} viewers")
             return
         self.relay.viewers.add(self)
-        self.tail.wake.set()  # nobody was looking, perhaps
+        self.tail.wake.set()  # perhaps nobody was looking
 
     def on_close(self):
         self.relay.viewers.discard(self)
         self.session.close()
 
     async def on_message(self, message):
-        """Answer a request; the next one is read when this one's answer is on its way."""
-        began = time.monotonic()
-        head = b""
+        """Answer a request. The next one is read when this one's answer is on its way."""
+        began, head, answer, sent = time.monotonic(), b"", None, None
         try:
             request = fields(message)
             message_id, name = request.pop(1, 0), request.pop(2, b"")
-            head = field(1, message_id) + field(2, name)
             [(number, body)] = request.items()
-            answer = await self.answer(message, head, name, number, body)
-        except (RefusedError, TypeError, ValueError) as error:
-            text = f"refused: {error}. A viewer can mirror tables and nothing else"
+            if not isinstance(message_id, int) or not isinstance(name, bytes):
+                raise ValueError("malformed message")
+            head = field(1, message_id) + field(2, name)
+            if number in (FEATURES, HOSTED_TABLES, SCHEMA, SIZE) and body == b"":
+                handle = self.session.handle_request
+                await self.relay.loop.run_in_executor(None, handle, message)
+            else:
+                answer = await self.answer(head, name, number, body)
+        except Exception as error:
+            text = f"refused ({error}): a viewer can mirror tables and nothing else"
             answer = head + field(SERVER_ERROR, field(1, text.encode()))
-        if answer and self.ws_connection:
-            self.ws_connection.stream.max_write_buffer_size = self.relay.max_unread
+        if answer:
+            sent = self.send(answer)
+        took = time.monotonic() - began
+        if sent:
             with contextlib.suppress(WebSocketClosedError):
-                await (self.send(answer) or asyncio.sleep(0))
-        await asyncio.sleep((time.monotonic() - began) * (1 / REQUEST_SHARE - 1))
+                await sent
+        await asyncio.sleep(took * (1 / REQUEST_SHARE - 1))
 
-    async def answer(self, message, head, name, number, body):
-        """Return the answer to a request, None if the engine gives it. Raises RefusedError."""
-        if number in (FEATURES, HOSTED_TABLES, SCHEMA, SIZE) and body == b"":
-            await self.relay.loop.run_in_executor(None, self.session.handle_request, message)
-            return None
+    async def answer(self, head, name, number, body):
+        """Return the answer to a request. Raises PermissionError if it is not on the list."""
         if number == MAKE_VIEW:
             self.make_view(name.decode(), body)
             return head + field(MAKE_VIEW, body)
         if name not in self.views:
-            raise RefusedError("you have no such view")
+            raise PermissionError("you have no such view")
         if number == TO_ARROW and body == field(1, b""):  # all rows and columns
             arrow = await self.relay.snapshot(self.views[name])
             return head + field(TO_ARROW, field(1, arrow))
-        if SUBSCRIPTIONS.get(number) == body:
+        if (number, body) in ((ON_UPDATE, field(1, 0)), (ON_REMOVE, b"")):  # 0: changes by row
             if (name, number) in self.subscriptions:
-                raise RefusedError("you have subscribed already")
+                raise PermissionError("you have subscribed already")
             self.subscriptions[name, number] = head
             return None
         if number in (CANCEL_UPDATE, CANCEL_REMOVE):
             self.subscriptions.pop((name, number - 1), None)  # 22 cancels 21, and 40 cancels 39
             return head + field(number, b"")
-        if number == DELETE_VIEW and body == b"":
+        if number == DELETE_VIEW:
             del self.views[name]
             for kind in (ON_UPDATE, ON_REMOVE):
                 self.subscriptions.pop((name, kind), None)
             return head + field(DELETE_VIEW, b"")
-        raise RefusedError("there is no such request")
+        raise PermissionError("there is no such request")
 
     def make_view(self, table, body):
-        """Note a plain view, which has a name and no configuration."""
+        """Note a plain view: it has a name and no configuration."""
         name = fields(body).get(1, b"")
-        if body != field(1, name) or table not in self.relay.tables:
-            raise RefusedError("only plain views of hosted tables are made")
+        plain = isinstance(name, bytes) and body == field(1, name)
+        if not plain or table not in self.relay.tables:
+            raise PermissionError("only plain views of hosted tables are made")
         if len(self.views) >= MAX_VIEWS:
-            raise RefusedError(f"a viewer has at most {MAX_VIEWS} views")
+            raise PermissionError(f"a viewer has at most {MAX_VIEWS} views")
         if any(name in viewer.views for viewer in self.relay.viewers):
-            raise RefusedError("the name of the view is in use")
+            raise PermissionError("the view's name is in use")
         self.views[name] = table
 
-    def subscribed(self, table, number):
-        """Heads of the messages that a change of a table is to be sent with."""
-        for (name, kind), head in self.subscriptions.items():
-            if kind == number and self.views[name] == table:
+    def subscribed(self, table, kind):
+        """Yield the head of each message with which a change of a table is to be sent."""
+        for (name, subscribed), head in self.subscriptions.items():
+            if subscribed == kind and self.views[name] == table:
                 yield head
 
     def answer_from_engine(self, answer):
@@ -848,15 +818,16 @@ class Viewer(WebSocketHandler):
     def send(self, message):
         """Write a message. Returns a future that is done when it is on its way, or None."""
         try:
+            if self.ws_connection:
+                self.ws_connection.stream.max_write_buffer_size = self.relay.max_unread
             sent = self.write_message(message, binary=True)
             sent.add_done_callback(asyncio.Future.exception)  # that of a connection that ended
             return sent
         except WebSocketClosedError:
-            return None
+            pass
         except StreamBufferFullError:
             log.warning("a viewer does not read what is sent to it: disconnected")
             self.ws_connection.stream.close()
-            return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -865,117 +836,104 @@ class Viewer(WebSocketHandler):
 PAGE = Path(__file__).parent / "prsp-viewer.html"
 # The browser build in the wheel of perspective-python always matches the engine.
 BROWSER_BUILD = Path(perspective.__file__).parent / "widget" / "static"
-# Its own script, and the workers and the one input handler of Perspective.
+# The page runs its own script, and Perspective's workers and one input handler.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
-    " script-src 'self' blob: 'wasm-unsafe-eval' 'unsafe-hashes' 'sha256-{page_script}'"
+    " script-src 'self' blob: 'wasm-unsafe-eval' 'unsafe-hashes' 'sha256-{}'"
     " 'sha256-ql0fd2+U9UEu870FX0Rf6Z8yqUKlNLSDxPI1ipIxack='; worker-src blob:;"
     " style-src 'self' 'unsafe-inline'; img-src data:; connect-src 'self'"
 )
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-def is_known_origin(origin, request, origins):
-    """Whether a page of this origin may connect: the server's own, or one of --allow-origin."""
-    return origin in origins or origin == f"http://{request.host}"
+def is_known_origin(origin, handler):
+    """Whether pages of an origin may connect: the server's own, or one of --allow-origin."""
+    return origin in handler.settings["origins"] or origin == f"http://{handler.request.host}"
 
 
-class NotFoundHandler(RequestHandler):
+class Handler(RequestHandler):
+    """What all answers have in common."""
+
+    def set_default_headers(self):
+        self.set_header("X-Content-Type-Options", "nosniff")
+        self.set_header("Cache-Control", "no-cache")  # browsers ask whether it has changed
+
+
+class NotFoundHandler(Handler):
     """All that is not in the table of routes, and all host names that are not ours."""
 
     def prepare(self):
         self.set_status(404)
+        self.set_header("Content-Type", "text/plain")
         self.finish("404: not found, or this server does not have that host name\n")
 
 
-class PageHandler(RequestHandler):
-    """The page. It may run its own script and load nothing from elsewhere."""
-
+class PageHandler(Handler):
     def get(self):
         page = PAGE.read_bytes()
         [script] = re.findall(rb"<script[^>]*>(.*?)</script>", page, re.DOTALL)
         checksum = base64.b64encode(hashlib.sha256(script).digest()).decode()
-        self.set_header("Content-Type", "text/html; charset=utf-8")
-        self.set_header("Cache-Control", "no-cache")
-        self.set_header("X-Content-Type-Options", "nosniff")
-        policy = CONTENT_SECURITY_POLICY.format(page_script=checksum)
-        self.set_header("Content-Security-Policy", policy)
+        self.set_header("Content-Security-Policy", CONTENT_SECURITY_POLICY.format(checksum))
         self.finish(page)
 
-    head = get
 
-
-class BrowserBuildHandler(RequestHandler):
-    """The two files of Perspective's browser build; browsers ask again whether they changed."""
-
-    def initialize(self, origins):
-        self.origins = origins
+class BrowserBuildHandler(Handler):
+    """The two files of Perspective's browser build, compressed for those who take it."""
 
     async def get(self, name):
         kind = "text/css" if name.endswith("css") else "text/javascript"
         self.set_header("Content-Type", f"{kind}; charset=utf-8")
-        self.set_header("Cache-Control", "no-cache")
-        self.set_header("X-Content-Type-Options", "nosniff")
         self.set_header("Vary", "Origin, Accept-Encoding")
         origin = self.request.headers.get("Origin")
-        if origin and is_known_origin(origin, self.request, self.origins):
+        if origin and is_known_origin(origin, self):
             self.set_header("Access-Control-Allow-Origin", origin)
         compressed = "gzip" in self.request.headers.get("Accept-Encoding", "")
         if compressed:
             self.set_header("Content-Encoding", "gzip")
         loop = asyncio.get_running_loop()
-        self.finish(await loop.run_in_executor(None, read_browser_build, name, compressed))
+        self.finish(await loop.run_in_executor(None, self.read, name, compressed))
 
-    head = get
-
-
-@functools.cache
-def read_browser_build(name, compressed):
-    content = (BROWSER_BUILD / name).read_bytes()
-    return gzip.compress(content, 6) if compressed else content
+    @staticmethod
+    @functools.cache
+    def read(name, compressed):
+        content = (BROWSER_BUILD / name).read_bytes()
+        return gzip.compress(content, 6) if compressed else content
 
 
-class HealthHandler(RequestHandler):
+class HealthHandler(Handler):
     """How the server is doing, as JSON; status 503 while ClickHouse is away."""
 
-    def initialize(self, tail):
-        self.tail = tail
-
     def get(self):
-        health = self.tail.health()
+        health = self.settings["tail"].health()
         self.set_status(200 if health["clickhouse"] == "up" else 503)
-        self.set_header("Cache-Control", "no-store")
         self.finish(health)
 
 
-def make_app(tail, relay, address, origins):
+def make_app(relay, tail, address, origins):
     """All that the server answers to, under the host names that it is meant to have.
 
     A foreign name that somebody points at this address (DNS rebinding) gets nothing.
     """
-    hosts = {*LOOPBACK, address, *(urlsplit(origin).hostname for origin in origins)}
-    names = [re.escape(host) for host in hosts if host] + [r"\[::1\]"]
+    names = {*LOOPBACK, "[::1]", address, *(urlsplit(origin).hostname for origin in origins)}
+    hosts = "|".join(re.escape(name) for name in names if name)
     if address in ("", "0.0.0.0", "::"):
-        names.append(r"[\d.]+|\[[\da-f:.]+\]")  # an IP address is no name
+        hosts += r"|[\d.]+|\[[\da-f:.]+\]"  # an IP address is no name that points elsewhere
     app = Application(
         default_handler_class=NotFoundHandler,
         websocket_max_message_size=MAX_MESSAGE,
         websocket_ping_interval=PING_SECONDS,
         websocket_ping_timeout=PING_SECONDS,
+        relay=relay,
+        tail=tail,
+        origins=origins,
     )
-    app.add_handlers(
-        rf"(?i)({'|'.join(names)})$",
-        [
-            (r"/(?:prsp-viewer\.html)?", PageHandler),
-            (
-                r"/perspective/(perspective-anywidget\.(?:js|css))",
-                BrowserBuildHandler,
-                {"origins": origins},
-            ),
-            (r"/healthz", HealthHandler, {"tail": tail}),
-            (r"/websocket", Viewer, {"relay": relay, "tail": tail, "origins": origins}),
-        ],
-    )
+    routes = [
+        (r"/(?:prsp-viewer\.html)?", PageHandler),
+        (r"/perspective/(perspective-anywidget\.(?:js|css))", BrowserBuildHandler),
+        (r"/healthz", HealthHandler),
+        (r"/websocket", Viewer),
+    ]
+    app.add_handlers(f"(?i)({hosts})$", routes)
     return app
 
 
@@ -995,93 +953,22 @@ def parse(argv):
     parser = producer.Parser(prog="perspective_server.py", description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group()
     producer.add_dsn_option(source)
-    source.add_argument(
-        "--embedded",
-        nargs="?",
-        const="",
-        metavar="PATH",
-        help="no server needed: ClickHouse and producer run in this process, with the data in the"
-        " folder PATH (default: a temporary one)",
-    )
-    parser.add_argument("--address", default="127.0.0.1", help="where to listen")
-    parser.add_argument("--port", type=producer.number(int, 1, 65535), default=8080)
-    parser.add_argument(
-        "--interval", type=producer.seconds, default=0.25, help="seconds between polls"
-    )
-    parser.add_argument(
-        "--limit", type=producer.positive_int, default=25_000, help="rows in the live table"
-    )
-    parser.add_argument(
-        "--allow-origin",
-        type=origin,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="ORIGIN",
-        help="other origins whose pages may connect, such as that of a reverse proxy",
-    )
-    parser.add_argument("--table", default=TABLE, help="the MergeTree table to follow")
-    parser.add_argument(
-        "--history-table",
-        metavar="[DATABASE.]TABLE",
-        help="where the history is computed from, such as a Distributed table",
-    )
+    add, embedded = parser.add_argument, "ClickHouse and producer in this process, data in PATH"
+    source.add_argument("--embedded", nargs="?", const="", metavar="PATH", help=embedded)
+    add("--address", default="127.0.0.1", help="where to listen")
+    add("--port", type=producer.number(int, 1, 65535), default=8080)
+    add("--interval", type=producer.seconds, default=0.25, help="seconds between polls")
+    add("--limit", type=producer.positive_int, default=25_000, help="rows in the live table")
+    add("--table", default=TABLE, help="the MergeTree table to follow")
+    add("--history-table", metavar="[DATABASE.]TABLE", help="what the history is computed from")
+    origins = {"nargs": "+", "action": "extend", "default": [], "metavar": "ORIGIN"}
+    add("--allow-origin", type=origin, help="other origins whose pages may connect", **origins)
     return parser.parse_args(argv)
 
 
-def quote_table(name, database):
-    """Quote [DATABASE.]TABLE for SQL."""
-    *other, table = name.split(".", 1)
-    return producer.full_name(other[0] if other else database, table)
-
-
-async def serve(options, dsn, sockets):
-    """Serve until a signal comes, or until the tail or the embedded producer cannot go on.
-
-    Returns the error that ended it, or None.
-    """
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signum, ended.set)
-    relay = Relay(loop)
-    tail = Tail(relay, dsn, options.table, options.interval, options.limit)
-    relay.host_status(tail)
-    history_table = options.history_table and quote_table(options.history_table, tail.database)
-    rollups = Rollups(tail, history_table)
-    workers = [tail, rollups]
-    if options.embedded is not None:
-        workers.append(producer.Producer(dsn, interval=0.25, rows=250, log=log.info))
-    app = make_app(tail, relay, options.address, options.allow_origin)
-    server = HTTPServer(app, max_body_size=MAX_MESSAGE, idle_connection_timeout=60)
-    server.add_sockets(sockets)
-    threads = [threading.Thread(target=worker.run, daemon=True) for worker in workers]
-    for thread in threads:
-        thread.start()
-
-    while not ended.is_set() and all(worker.error is None for worker in workers):
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(ended.wait(), STATUS_INTERVAL)
-        relay.publish_status(tail)
-
-    server.stop()
-    for viewer in list(relay.viewers):
-        viewer.close(1001, "the server ends")
-    for worker in workers:
-        worker.stop.set()
-    tail.wake.set()
-    await loop.run_in_executor(None, join_all, threads)
-    logging.getLogger("tornado.application").disabled = True  # viewers' requests are cancelled now
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(server.close_all_connections(), 0.5)
-    return next((worker.error for worker in workers if worker.error), None)
-
-
-def join_all(threads, seconds=1.5):
-    """Wait for threads to end, not longer than `seconds` in all."""
-    deadline = time.monotonic() + seconds
-    for thread in threads:
-        thread.join(max(0, deadline - time.monotonic()))
+def fail(text):
+    print(f"perspective_server.py: {text}", file=sys.stderr)
+    return 1
 
 
 @contextlib.contextmanager
@@ -1098,9 +985,42 @@ def silenced_stderr():
         os.close(stderr)
 
 
-def fail(text):
-    print(f"perspective_server.py: {text}", file=sys.stderr)
-    return 1
+async def serve(options, dsn, sockets):
+    """Serve until a signal comes, or until a permanent error, which is returned."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, ended.set)
+    relay = Relay(loop)
+    tail = Tail(relay, dsn, options.table, options.interval, options.limit)
+    relay.host_status(tail)
+    history_source = None
+    if options.history_table:
+        *other, table = options.history_table.split(".", 1)
+        history_source = producer.full_name(other[0] if other else tail.database, table)
+    workers = [tail, Rollups(tail, history_source)]
+    if options.embedded is not None:
+        workers.append(producer.Producer(dsn, interval=0.25, rows=250, log=log.info))
+    app = make_app(relay, tail, options.address, options.allow_origin)
+    server = HTTPServer(app, max_body_size=MAX_MESSAGE, idle_connection_timeout=60)
+    server.add_sockets(sockets)
+    threads = [threading.Thread(target=worker.run, daemon=True) for worker in workers]
+    for thread in threads:
+        thread.start()
+
+    while not ended.is_set() and all(worker.error is None for worker in workers):
+        relay.publish_status(tail)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(ended.wait(), 1)
+
+    server.stop()
+    relay.disconnect_viewers(1001, "the server ends")
+    for worker in workers:
+        worker.stop.set()
+    tail.wake.set()
+    for thread in threads:
+        await loop.run_in_executor(None, thread.join, 0.8)
+    logging.getLogger("tornado.application").disabled = True  # viewers' requests are cancelled now
+    return next((worker.error for worker in workers if worker.error), None)
 
 
 def main(argv=None):
@@ -1113,9 +1033,9 @@ def main(argv=None):
     try:
         sockets = bind_sockets(options.port, options.address)
     except OSError as error:
+        where = f"{options.address} port {options.port}"
         return fail(
-            f"cannot listen on {options.address} port {options.port} ({error.strerror}):"
-            " name another --address or --port"
+            f"cannot listen on {where} ({error.strerror}): name another --address or --port"
         )
     with contextlib.ExitStack() as cleanup:
         dsn = options.dsn
@@ -1134,11 +1054,11 @@ def main(argv=None):
                 return fail(f"cannot write to {folder} ({error.strerror})")
             except Exception as error:
                 return fail(f"no engine in {folder}, is it in use elsewhere? {explain(error)}")
-        log.info("following %s", producer.describe_dsn(dsn))
         host = options.address
         if host not in LOOPBACK:
             log.warning("listening on %s: everybody who reaches this port can read along", host)
         host = "localhost" if host in (*LOOPBACK, "", "0.0.0.0", "::") else host
+        log.info("following %s", producer.describe_dsn(dsn))
         log.info("open http://%s:%s/", f"[{host}]" if ":" in host else host, options.port)
         error = asyncio.run(serve(options, dsn, sockets))
     return fail(explain(error)) if error else 0
