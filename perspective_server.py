@@ -14,7 +14,6 @@ import contextlib
 import functools
 import gzip
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -30,7 +29,7 @@ from urllib.parse import quote, urlsplit
 
 import clickhouse_connect
 import perspective
-from clickhouse_connect.driver.binding import format_str, quote_identifier
+from clickhouse_connect.driver.binding import format_str
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamBufferFullError
 from tornado.netutil import bind_sockets
@@ -38,7 +37,15 @@ from tornado.web import Application, RequestHandler
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 import producer
-from producer import COLUMNS, MAX_PAUSE, QUERY_TIMEOUT, TABLE, TableMismatchError, explain
+from producer import (
+    COLUMNS,
+    MAX_PAUSE,
+    QUERY_TIMEOUT,
+    TABLE,
+    TableMismatchError,
+    explain,
+    quote_identifier,
+)
 
 log = logging.getLogger("perspective_server")
 
@@ -62,6 +69,8 @@ class Rollup(NamedTuple):
     sql: str
 
 
+# Perspective refuses text that is not UTF-8, and ends it at a zero byte.
+TEXT = "replaceAll(toValidUTF8(toString({})), char(0), '\N{REPLACEMENT CHARACTER}')"
 # Ticks count if they are stamped from the year 2000 up to a minute from now: one wrong clock must
 # neither hold a price nor stretch an axis. Ticks of the same millisecond are ordered by insert
 # block and offset; as one number, since comparing tuples takes ClickHouse five times as long.
@@ -72,8 +81,8 @@ TICKS = f"""(
     SELECT
         t.timestamp AS time,
         toUnixTimestamp64Milli(t.timestamp) AS ms,
-        toValidUTF8(t.ticker) AS ticker,
-        toValidUTF8(t.client) AS client,
+        {TEXT.format("t.ticker")} AS ticker,
+        {TEXT.format("t.client")} AS client,
         if(isFinite(t.open), toFloat64(t.open), NULL) AS open,
         if(isFinite(t.high), toFloat64(t.high), NULL) AS high,
         if(isFinite(t.low), toFloat64(t.low), NULL) AS low,
@@ -164,11 +173,16 @@ def rollup_sql(rollup, source, block_numbers=True):
     return rollup.sql.format(source=source, ticks=ticks(condition=""), recent=recent)
 
 
+def shown_name(name):
+    """A column's name in Perspective, which has columns of its own."""
+    return f"{name}_" if re.fullmatch("psp_(pkey|op|okey)|__INDEX__", name) else name
+
+
 def select_safely(name, kind):
     """Return SQL that selects a column of a ClickHouse type as a value that Perspective takes.
 
-    Text that is not UTF-8 would raise; NaN and infinity would leave wrong sums behind. What
-    Perspective has no type for is text, and so are integers of 64 bits: a browser rounds them.
+    NaN and infinity would leave wrong sums behind. What Perspective has no type for is text, and so
+    are integers of 64 bits: a browser rounds them above 2^53.
     """
     column = quote_identifier(name)
     plain = re.sub(r"(Nullable|LowCardinality|SimpleAggregateFunction)\((\w+, )?", "", kind)
@@ -180,8 +194,8 @@ def select_safely(name, kind):
         number = column if plain.startswith("Float") else f"toFloat64({column})"
         value = f"if(isFinite({number}), {number}, NULL)"
     else:
-        value = f"toValidUTF8(toString({column}))"
-    return f"{value} AS {column}"
+        value = TEXT.format(column)
+    return f"{value} AS {quote_identifier(shown_name(name))}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -227,6 +241,17 @@ WHERE database = {database} AND table = {table}
     AND toUInt64OrZero(extract(mutation_id, '[0-9]+')) BETWEEN {first} AND {last}
     AND NOT match(command, '^\\(?(DELETE|UPDATE _row_exists = 0) ')
 """
+
+
+def without_index(metadata):
+    """Return settings with which ClickHouse 26.9 finds all rows by block number.
+
+    A part that was attached gets new block numbers, but keeps its index of the old ones. And while
+    there are patch parts, the virtual column is not found before the other columns are read.
+    """
+    return {"use_skip_indexes": 0} | ({"optimize_move_to_prewhere": 0} if metadata.patch else {})
+
+
 # Our polling stays out of ClickHouse's query log. What a user may not set is left out.
 SETTINGS = {
     "max_execution_time": QUERY_TIMEOUT,
@@ -269,9 +294,10 @@ class Tail:
     def poll(self):
         """Bring the live table up to date. May raise anything; the next poll then goes on."""
         if self.client is None:
-            self.client = producer.connect(self.dsn)
+            self.client = producer.connect(self.dsn, settings=SETTINGS)
         [(definition, _, *others)] = self.query(METADATA_SQL.format(**self.names))
         if definition is None or definition[0] is None:
+            self.query(f"EXISTS TABLE {self.source}")  # raises if the user may not see it
             raise LookupError
         now = Metadata(*definition, *others)
         if now != self.metadata and (self.must_reload(now) or not self.append(now)):
@@ -286,13 +312,15 @@ class Tail:
         grown = now.rows - old.rows
         skipped = max(0, grown - self.limit)  # rows that this very poll would overwrite
         first = self.arrived + skipped
-        rows = self.read_rows(old.head, now.head, skipped, first)
+        rows = self.read_rows(old.head, now, skipped, first)
         self.metadata = None  # if Perspective fails half-way, only a fresh window is sure
         self.relay.tables[self.table].update(rows)
         came, expected = self.count_arrived(first), grown - skipped
         inserts_only = came == expected and now.mutations == old.mutations
         # Otherwise rows outside the window may have been deleted, which does not matter here.
         if not inserts_only and not (expected <= came < self.limit and self.window_is_intact(old)):
+            return False
+        if not came and now.head > old.head:  # an attached part, see `without_index`
             return False
         self.move_cursor(now, first + came, came)
         return True
@@ -320,7 +348,8 @@ class Tail:
         block, arrived = self.checkpoints[0]
         [(count,)] = self.query(
             f"SELECT count() FROM {self.source}"
-            f" WHERE _block_number > {block} AND _block_number <= {old.head}"
+            f" WHERE _block_number > {block} AND _block_number <= {old.head}",
+            without_index(old),
         )
         return count == self.arrived - arrived
 
@@ -333,23 +362,25 @@ class Tail:
             f"WITH (SELECT min(b) FROM (SELECT _block_number AS b FROM {self.source}"
             f" WHERE b <= {now.head} ORDER BY b DESC LIMIT {self.limit})) AS oldest"
             f" SELECT toInt64(oldest), count() FROM {self.source}"
-            f" WHERE _block_number >= oldest AND _block_number <= {now.head}"
+            f" WHERE _block_number >= oldest AND _block_number <= {now.head}",
+            without_index(now),
         )
         skipped = max(0, count - self.limit)
-        rows = self.read_rows(block - 1, now.head, skipped, first)
+        rows = self.read_rows(block - 1, now, skipped, first, without_index(now))
         if replace:
             self.relay.tables[self.table].replace(rows)
             log.info("rows were changed or removed: the window was read anew")
         else:
             self.make_tables(rows)
-            self.hosted = columns
         self.checkpoints = collections.deque([(block - 1, first - skipped)])
         came = self.count_arrived(first)
         self.move_cursor(now, first + came, came)
+        if not replace:
+            self.hosted, self.texts = columns, 0
 
     def make_tables(self, rows):
         """Make all tables anew, the live one last: a viewer who finds it finds all."""
-        tables, self.texts = {}, 0
+        tables = {}
         nothing = f"(SELECT *, _block_number, _block_offset FROM {self.source} WHERE 0)"
         for rollup in self.rollups:
             try:
@@ -379,8 +410,9 @@ class Tail:
         self.checkpoints.append((now.head, arrived))
         while len(self.checkpoints) > 1 and self.checkpoints[1][1] <= arrived - self.limit:
             self.checkpoints.popleft()
-        texts = sum(select_safely("", kind).startswith("toV") for kind in self.columns.values())
-        self.texts += came * texts
+        few = re.compile(r"LowCardinality|(Nullable\()?(Enum|Bool)")  # have few texts
+        kinds = [kind for kind in self.columns.values() if not few.match(kind)]
+        self.texts += came * sum("toString" in select_safely("", kind) for kind in kinds)
         self.rows = self.relay.tables[self.table].size()
         self.delivered += came
         self.deliveries.append((time.monotonic(), came))
@@ -411,8 +443,8 @@ class Tail:
             raise LookupError
         return columns
 
-    def read_rows(self, after, until, skipped, first):
-        """Read the rows of the blocks `after` < number <= `until`, in the order of arrival.
+    def read_rows(self, after, now, skipped, first, settings=None):
+        """Read the rows of the blocks `after` < number <= head, in the order of arrival.
 
         The first ones are skipped; the others are numbered from `first` on.
         """
@@ -423,19 +455,20 @@ class Tail:
         return self.read_arrow(
             f"SELECT {values}, toInt32({number} % {self.limit}) AS {slot},"
             f" toFloat64({number}) AS {arrival} FROM (SELECT {names} FROM {self.source}"
-            f" WHERE _block_number > {after} AND _block_number <= {until}"
-            f" ORDER BY _block_number, _block_offset LIMIT {self.limit} OFFSET {skipped})"
+            f" WHERE _block_number > {after} AND _block_number <= {now.head}"
+            f" ORDER BY _block_number, _block_offset LIMIT {self.limit} OFFSET {skipped})",
+            settings or (without_index(now) if now.patch else None),
         )
 
-    def read_arrow(self, sql):
+    def read_arrow(self, sql, settings=None):
         """Read rows as the bytes of an Arrow stream: none becomes a Python object."""
-        arrow = self.client.raw_query(sql, fmt="ArrowStream", settings=SETTINGS)
+        arrow = self.client.raw_query(sql, fmt="ArrowStream", settings=settings)
         if not arrow.endswith(ARROW_END):  # Perspective would accept the beginning silently
             raise OSError("ClickHouse's answer was cut off")
         return arrow
 
-    def query(self, sql):
-        return self.client.query(sql, settings=SETTINGS).result_rows
+    def query(self, sql, settings=None):
+        return self.client.query(sql, settings=settings).result_rows
 
     def run(self):
         """Poll until stopped, whatever happens; after failures with growing pauses."""
@@ -445,7 +478,9 @@ class Tail:
             try:
                 self.poll()
             except Exception as error:
-                if type(error) is TableMismatchError and self.table not in self.relay.tables:
+                waits = isinstance(error, producer.BlockNumbersMissingError)
+                permanent = isinstance(error, producer.FATAL_ERRORS) and not waits
+                if permanent and self.table not in self.relay.tables:
                     self.error = error
                     break
                 self.report_failure(error)
@@ -546,9 +581,12 @@ class Rollups:
         revision = self.tail.revision
         try:
             if self.client is None:
-                self.client = producer.connect(self.tail.dsn, send_receive_timeout=ROLLUP_TIMEOUT)
-            settings = SETTINGS | {"max_execution_time": ROLLUP_TIMEOUT}
-            result = self.client.query(sql, settings=settings, query_formats={"DateTime64": "int"})
+                self.client = producer.connect(
+                    self.tail.dsn,
+                    send_receive_timeout=ROLLUP_TIMEOUT,
+                    settings=SETTINGS | {"max_execution_time": ROLLUP_TIMEOUT},
+                )
+            result = self.client.query(sql, query_formats={"DateTime64": "int"})
             self.apply(rollup, result.column_names, result.result_rows)
         except Exception as error:
             if self.client:
@@ -596,6 +634,7 @@ class Relay:
         self.viewers = set()
         self.snapshots = {}  # futures by table, until its next change
         self.max_unread = 4 << 20  # bytes
+        self.remade = 0  # how often all tables were made anew
 
     def host(self, tables):
         """Make all tables but the status anew: {name: (Arrow stream, name of the index)}.
@@ -611,6 +650,7 @@ class Relay:
             for name, (rows, index) in tables.items():
                 self.add_table(name, rows, index)
         if outdated:
+            self.remade += 1
             self.loop.call_soon_threadsafe(self.disconnect_viewers)
 
     def add_table(self, name, rows, index):
@@ -626,6 +666,7 @@ class Relay:
 
     def send(self, name, kind, body):
         self.snapshots.pop(name, None)
+        self.max_unread = max(self.max_unread, MAX_SNAPSHOTS_UNREAD * len(body))
         for viewer in list(self.viewers):
             for head in viewer.subscribed(name, kind):
                 viewer.send(head + body)
@@ -633,7 +674,7 @@ class Relay:
     async def snapshot(self, name):
         """The rows of a table as an Arrow stream; read once between two changes."""
         if name not in self.snapshots:
-            to_arrow = self.views[name].to_arrow
+            to_arrow = functools.partial(self.views[name].to_arrow, compression="zstd")
             self.snapshots[name] = self.loop.run_in_executor(None, to_arrow)
         arrow = await self.snapshots[name]
         self.max_unread = max(self.max_unread, MAX_SNAPSHOTS_UNREAD * len(arrow))
@@ -648,14 +689,15 @@ class Relay:
         """Host the table with what /healthz says, the table's columns, the version and the time."""
         self.status_name = f"{tail.table}_status"
         page = hashlib.sha256(PAGE.read_bytes()).hexdigest()[:8]
-        self.version = f"{importlib.metadata.version('perspective-python')} {page}"
+        self.version = f"Perspective {perspective.__version__}, page {page}, tables"
         types = dict.fromkeys([*tail.health(), "time"], "float")
         types |= dict.fromkeys(("clickhouse", "table", "columns", "version"), "string")
         self.add_table(self.status_name, types, "table")
         self.publish_status(tail)
 
     def publish_status(self, tail):
-        more = {"columns": json.dumps([*tail.columns, *tail.ring]), "version": self.version}
+        columns = json.dumps([*map(shown_name, tail.columns), *tail.ring])
+        more = {"columns": columns, "version": f"{self.version} {self.remade}"}
         status = tail.health() | more | {"time": round(time.time() * 1000)}
         self.tables[self.status_name].update([status])
 
@@ -944,7 +986,8 @@ def make_app(relay, tail, address, origins):
 def origin(text):
     """Parse an origin: scheme://host[:port]."""
     parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or text != f"{parts.scheme}://{parts.netloc}":
+    complete = parts.hostname and parts.port != 0  # raises ValueError if the port is no number
+    if text != f"{parts.scheme}://{parts.netloc}" or not complete or "http" not in parts.scheme:
         raise producer.argparse.ArgumentTypeError(f"{text} is not an origin like https://host:port")
     return text
 
@@ -985,11 +1028,13 @@ def silenced_stderr():
         os.close(stderr)
 
 
-async def serve(options, dsn, sockets):
+async def serve(options, dsn, sockets, signalled):
     """Serve until a signal comes, or until a permanent error, which is returned."""
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, ended.set)
+    if signalled.is_set():
+        ended.set()
     relay = Relay(loop)
     tail = Tail(relay, dsn, options.table, options.interval, options.limit)
     relay.host_status(tail)
@@ -1017,8 +1062,9 @@ async def serve(options, dsn, sockets):
     for worker in workers:
         worker.stop.set()
     tail.wake.set()
+    deadline = time.monotonic() + 1.5
     for thread in threads:
-        await loop.run_in_executor(None, thread.join, 0.8)
+        await loop.run_in_executor(None, thread.join, max(0, deadline - time.monotonic()))
     logging.getLogger("tornado.application").disabled = True  # viewers' requests are cancelled now
     return next((worker.error for worker in workers if worker.error), None)
 
@@ -1026,6 +1072,9 @@ async def serve(options, dsn, sockets):
 def main(argv=None):
     """Run the server; returns the exit status."""
     options = parse(argv)
+    signalled = threading.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: signalled.set())  # until `serve` listens to them
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for library in ("tornado.access", "clickhouse_connect", "urllib3"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # failures are reported here, once
@@ -1060,7 +1109,7 @@ def main(argv=None):
         host = "localhost" if host in (*LOOPBACK, "", "0.0.0.0", "::") else host
         log.info("following %s", producer.describe_dsn(dsn))
         log.info("open http://%s:%s/", f"[{host}]" if ":" in host else host, options.port)
-        error = asyncio.run(serve(options, dsn, sockets))
+        error = asyncio.run(serve(options, dsn, sockets, signalled))
     return fail(explain(error)) if error else 0
 
 

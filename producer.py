@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 import clickhouse_connect
 import numpy as np
-from clickhouse_connect.driver.binding import format_str, quote_identifier
+from clickhouse_connect.driver.binding import format_str
 from clickhouse_connect.driver.exceptions import DatabaseError, DataError, ProgrammingError
 
 # ---------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def connect(dsn, **options):
     """
     server, _, arguments = split_dsn(dsn)
     if server.startswith("chdb:"):
-        return clickhouse_connect.get_client(**arguments)
+        return clickhouse_connect.get_client(**arguments, settings=options.get("settings"))
     bypass_proxy_on_loopback(urlsplit(server).hostname)
     defaults = {
         "autogenerate_session_id": False,  # concurrent queries on one session are refused
@@ -130,6 +130,11 @@ def describe_dsn(dsn):
     parts = urlsplit(server)
     port = parts.port or (8443 if arguments["secure"] else 8123)
     return f"{parts.hostname}:{port}, database {database}"
+
+
+def quote_identifier(name):
+    """Quote a name for SQL. The driver's function leaves a name that is in quotes as it is."""
+    return "`" + name.replace("\\", "\\\\").replace("`", "\\`") + "`"
 
 
 def full_name(database, table=TABLE):
@@ -318,7 +323,8 @@ def is_fatal(error):
 def explain(error):
     """Return one line that says what went wrong, without the driver's trailers."""
     # urllib3 keeps the cause of a failed connection in `reason`, at the end of a long sentence.
-    cause = str(getattr(error.__cause__, "reason", None) or "").rpartition(": ")[2]
+    reason = str(getattr(error.__cause__, "reason", None) or "")
+    cause = re.search("(certificate verify failed.*|[^:]*)$", reason)[0].strip()
     text = cause or str(error).strip() or type(error).__name__
     text = text.partition("server response: ")[2] or text
     return re.split(r" \(version | executing HTTP request|\n", text)[0][:500]

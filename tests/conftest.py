@@ -20,6 +20,7 @@ import clickhouse_connect
 import perspective
 import pyarrow
 import pytest
+from browser import launched
 from clickhouse_http import ClickHouseProcess
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import WebSocketClosedError, websocket_connect
@@ -96,10 +97,10 @@ class Script:
 class Server(Script):
     """perspective_server.py as a process, on a port of its own."""
 
-    def __init__(self, *arguments, port=None, env=None):
+    def __init__(self, *arguments, port=None, env=None, script="perspective_server.py"):
         self.port = port or free_port()
         self.url = f"http://localhost:{self.port}"
-        super().__init__("perspective_server.py", "--port", self.port, *arguments, env=env)
+        super().__init__(script, "--port", self.port, *arguments, env=env)
         self.wait_for("open http://")
 
     def get(self, path, headers=None):
@@ -390,3 +391,12 @@ def start():
             thing.close()
         elif thing.process.poll() is None:
             thing.kill()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with launched() as browser:
+        if browser is None:
+            end = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+            end("no Chromium: install it, or run `playwright install chromium`")
+        yield browser

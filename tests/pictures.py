@@ -1,35 +1,21 @@
 """Pictures of the dashboard for the README, from a real run: python tests/pictures.py
 
 Makes imgs/dashboard-light.png, imgs/dashboard-dark.png and imgs/dashboard.gif. It takes two
-minutes, since the window is to be full.
+minutes, since the window is to be full and the candles are to be many.
 """
 
 import contextlib
 import io
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
+from benchmark import launched, running
 from conftest import ROOT, Server, wait_until
 from PIL import Image
-from test_viewer import launched
 
 IMAGES = ROOT / "imgs"
+WARM_UP = 75  # seconds of ticks
 FRAMES, PAUSE = 20, 0.25  # five seconds, at the pace of the ticks
 WIDTH = 960  # of the animation
-
-
-@contextlib.contextmanager
-def running():
-    """A server whose window is full."""
-    server = Server("--embedded")
-    try:
-        wait_until(lambda: server.health()["rows"] == 100_000, 180, "a full window")
-        yield server
-    finally:
-        server.stop(seconds=10)
 
 
 @contextlib.contextmanager
@@ -43,9 +29,8 @@ def shown(browser, server, width, height, scheme):
     )
     page = context.new_page()
     page.goto(server.url)
-    page.wait_for_selector("#state.live")
-    page.wait_for_selector("#history:has-text('rows')")
-    page.wait_for_timeout(3000)
+    page.wait_for_selector("#state.live", timeout=60_000)
+    page.wait_for_timeout(5000)  # all charts are drawn, and the notice of a start is gone
     yield page
     context.close()
 
@@ -61,7 +46,9 @@ def frames(page):
 
 
 def main():
-    with running() as server, launched() as browser:
+    with running(Server, "--embedded") as server, launched() as browser:
+        time.sleep(WARM_UP)
+        wait_until(lambda: server.health()["rows"] == 25_000, 60, "a full window")
         for scheme in ("light", "dark"):
             with shown(browser, server, 1440, 900, scheme) as page:
                 page.screenshot(path=IMAGES / f"dashboard-{scheme}.png")

@@ -1,310 +1,277 @@
-"""Hours in minutes: the whole chain under faults drawn from a seed, and the books kept.
+"""The whole chain under faults drawn from a seed, with every row accounted for.
 
-    python tests/soak.py [--minutes 20] [--seed 1] [--rows-per-second 10000] [--viewers 20]
+    python tests/soak.py [--minutes 20] [--seed 1] [--rows-per-second 2000] [--viewers 3]
 
-Real ClickHouse (chDB over HTTP), producer and server as processes, viewers on real websockets, and
-a proxy on each way to ClickHouse. In rounds of about a minute, faults strike at random: answers
-delayed, dropped, cut in mid-body, inserts cut, connections refused or stalled, ClickHouse stopped
-for seconds or killed with SIGKILL, the Perspective server killed and started again. A round ends
-with the producer stopped, and with the comparison of all its rows: what its seed draws, what
-ClickHouse holds, and what a viewer reads. Exits with 1 if a row is missing or there twice.
+ClickHouse, two producers and the server are processes, the viewers stay and live on deltas, and a
+proxy stands on each way to ClickHouse. After each round of faults, when all is quiet, this compares
+- what the producers drew and said was written with what ClickHouse has, insert by insert;
+- what each viewer received in deltas with what ClickHouse got meanwhile, each row once;
+- each viewer's mirror with the newest rows by block and offset;
+and it bounds the gaps in the stream and the server's memory. The exit status is 1 if anything was
+wrong, with one line for each violation.
 """
 
 import argparse
-import asyncio
+import collections
 import contextlib
 import random
+import re
+import signal
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import pandas
-import pyarrow
 from clickhouse_http import ClickHouseProcess
-from conftest import Script, Server, Viewer, free_port, wait_until
+from conftest import Database, Mirror, Script, Server, counted, free_port, wait_until
 from proxy import Proxy, is_insert
 
 import producer
 
-ROUND = 60  # seconds
-INTERVAL = 0.25
-FAULTS = ["delay", "stall", "refuse", "drop", "cut_answer", "cut_insert"]
-FAULTS += ["pause", "kill", "restart_server"]
-WITHOUT_TIME = [name for name in producer.COLUMNS if name not in ("timestamp", "date")]
+ROUND = 30  # seconds
+INTERVAL = 0.25  # seconds between the inserts of each of two producers
+QUERY_TIMEOUT = 5  # seconds, in both scripts: a stalled answer must not last a whole round
+WINDOW = 40  # seconds of rows in the live table: longer than any outage
+MAX_GAP = 25  # seconds: a fault of 4, the timeout, 5 between two attempts, and a slow machine
+MAX_GROWTH = 200  # MB, of the server since the first round
+SETTLE = 60  # seconds within which every viewer has the last rows
+DRAWN = [name for name in producer.COLUMNS if name not in ("timestamp", "date")]
 
 
-def hashes(frame):
-    """A hash for each row, sorted: equal for equal sets of rows, duplicates included."""
-    frame = frame.copy()
-    for name in ("ticker", "client"):
-        frame[name] = frame[name].astype(str)
-    for name in ("open", "high", "low", "close"):
-        frame[name] = frame[name].astype("float32")
-    frame["volume"] = frame["volume"].astype("int64")
-    return pandas.util.hash_pandas_object(frame, index=False).sort_values().reset_index(drop=True)
+class Viewer(Mirror):
+    """A mirror whose `received` is that of its present connection."""
+
+    connections = 0
+
+    async def _mirror_all(self, client):
+        with self.lock:
+            self.connections += 1
+            self.received.clear()
+        await super()._mirror_all(client)
 
 
-def compare(expected, found):
-    """(rows missing, rows too many) in `found`."""
-    counts = pandas.concat([expected.value_counts(), found.value_counts()], axis=1).fillna(0)
-    more = counts.iloc[:, 1] - counts.iloc[:, 0]
-    return int(-more[more < 0].sum()), int(more[more > 0].sum())
+class Feed(Script):
+    """A producer, whose seed says what it draws."""
 
+    killed = False
 
-class Watcher:
-    """A viewer that reads what changes, connects again when it must, and notes its gaps."""
+    def __init__(self, dsn, rows, seed):
+        self.rows, self.seed = rows, seed
+        options = {"--dsn": dsn, "--rows": rows, "--interval": INTERVAL, "--seed": seed}
+        super().__init__("producer.py", *(text for option in options.items() for text in option))
 
-    def __init__(self, url):
-        self.url, self.ended = url, threading.Event()
-        self.updates, self.worst, self.last = 0, 0.0, None
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
+    def kill(self):
+        self.killed = True
+        super().kill()
 
-    def _run(self):
-        while not self.ended.is_set():
-            with contextlib.suppress(Exception), Viewer(self.url) as viewer:
-                watching = asyncio.run_coroutine_threadsafe(self._watch(viewer), viewer.loop)
-                # A call that was under way when the connection broke would never return.
-                while not (watching.done() or viewer.closed.is_set() or self.ended.is_set()):
-                    time.sleep(0.1)
-                watching.cancel()
-            self.last = None  # a gap in the stream is counted, a restart of the server is not
-            self.ended.wait(0.5)
-
-    async def _watch(self, viewer):
-        table = await viewer.client.open_table(producer.TABLE)
-        view = await table.view(group_by=["ticker"], columns=["close", "volume"])
-        changed, loop = asyncio.Event(), asyncio.get_running_loop()
-        await view.on_update(lambda *_: loop.call_soon_threadsafe(changed.set))
+    def drawn(self):
+        """Yield its inserts one after the other; see `Soak.check_inserts`."""
+        market = producer.Market(self.seed)
         while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(changed.wait(), 0.5)
-                changed.clear()
-                await asyncio.wait_for(view.to_arrow(), 10)
-                now = time.monotonic()
-                if self.last is not None:
-                    self.worst = max(self.worst, now - self.last)
-                self.updates, self.last = self.updates + 1, now
+            columns = dict(zip(producer.COLUMNS, market.draw(self.rows, 0, 1), strict=True))
+            yield tuple(sorted(zip(*(columns[name].tolist() for name in DRAWN), strict=True)))
 
-    def close(self):
-        self.ended.set()
-        self.thread.join(15)
+    def bounds(self):
+        """The least and the largest number of its inserts that ClickHouse may have."""
+        said = re.findall(r"^([\d,]+) rows", self.output, re.MULTILINE) or ["0"]
+        least = int(said[-1].replace(",", "")) // self.rows
+        return least, float("inf") if self.killed else least + ("not confirmed" in self.output)
 
 
 class Soak:
-    def __init__(self, options, folder):
-        self.options, self.random = options, random.Random(options.seed)
-        self.clickhouse = ClickHouseProcess(folder)
-        self.clickhouse.start()
-        self.to_insert, self.to_read = Proxy(self.clickhouse.port), Proxy(self.clickhouse.port)
-        self.port = free_port()
-        self.confirmed = self.unsure = self.held = self.delivered = self.missing = self.twice = 0
-        self.faults, self.memory = {}, []
-        self.server = None
+    def __init__(self, options, clickhouse):
+        self.random, self.clickhouse = random.Random(options.seed), clickhouse
+        self.database, self.port = Database(clickhouse), free_port()
+        self.to_insert, self.to_read = Proxy(clickhouse.port), Proxy(clickhouse.port)
+        self.rows = max(1, round(options.rows_per_second * INTERVAL / 2))
+        self.limit = options.rows_per_second * WINDOW
+        self.seeds = iter(range(options.seed * 10_000, 2**63))
+        self.deck, self.faults = [], collections.Counter()
+        self.feeds, self.memory = [], []
+        self.confirmed = self.worst_gap = self.violations = 0
+        first = Script("producer.py", "--dsn", self.database.dsn, "--batches", 1)
+        self.expect(first.wait() == 0, first.output)
+        self.head = max(self.came_after(0).column("_block_number").to_pylist())
         self.start_server()
-
-    def dsn(self, proxy):
-        # Not the 30 seconds by default: a stalled answer should not be the rest of a round.
-        return f"{self.clickhouse.dsn_of('test', port=proxy.port)}?send_receive_timeout=10"
+        self.viewers = [Viewer(self.server.url) for _ in range(options.viewers)]
+        wait_until(lambda: all(viewer.snapshots for viewer in self.viewers), 30, "all mirrors")
 
     def start_server(self):
-        if self.server:
-            with contextlib.suppress(Exception):
-                self.delivered += self.server.health()["delivered"]
-            self.server.kill()
-        limit = 2 * ROUND * self.options.rows_per_second
-        self.server = Server("--dsn", self.dsn(self.to_read), "--limit", limit, port=self.port)
+        options = ("--dsn", self.dsn(self.to_read), "--limit", self.limit)
+        self.server = Server(*options, port=self.port)
+
+    def start_feed(self):
+        self.feeds.append(Feed(self.dsn(self.to_insert), self.rows, next(self.seeds)))
+
+    def dsn(self, proxy):
+        dsn = self.clickhouse.dsn_of(self.database.name, port=proxy.port)
+        return f"{dsn}?send_receive_timeout={QUERY_TIMEOUT}"
+
+    def expect(self, condition, text):
+        """Report a violation if the condition does not hold."""
+        if not condition:
+            self.violations += 1
+            print(f"VIOLATION in round {len(self.memory) + 1}: {text}", flush=True)
 
     def strike(self):
-        """One fault, and its end."""
-        chance, proxy = self.random, self.random.choice([self.to_insert, self.to_read])
-        aim = is_insert if proxy is self.to_insert else None
-        fault = chance.choice(
-            [
-                "delay",
-                "stall",
-                "refuse",
-                "drop",
-                "cut_answer",
-                "cut_insert",
-                "pause",
-                "kill",
-                "restart_server",
-            ]
-        )
-        self.faults[fault] = self.faults.get(fault, 0) + 1
-        seconds = chance.uniform(0.2, 4)
-        if fault == "delay":
-            proxy.delay(chance.uniform(0.05, 1))
-        elif fault == "stall":
-            proxy.stall()
-        elif fault == "refuse":
-            proxy.refuse()
-        elif fault == "drop":
-            proxy.drop_answer(aim, times=chance.randint(1, 3))
-        elif fault == "cut_answer":
-            proxy.cut_answer(chance.randint(1, 2000), times=chance.randint(1, 5))
-        elif fault == "cut_insert":
-            self.to_insert.cut_request(chance.randint(1, 50_000), is_insert, times=2)
-        elif fault == "pause":
-            self.clickhouse.pause()
-        elif fault == "kill":
-            self.clickhouse.kill()
-        elif fault == "restart_server":
-            self.start_server()
-        time.sleep(seconds)
-        if fault == "pause":
-            self.clickhouse.resume()
-        elif fault == "kill":
-            self.clickhouse.start()
-        proxy.pass_on()
+        """One fault, and its end. All kinds have had their turn before one comes again."""
+        chance, clickhouse = self.random, self.clickhouse
+        victim = chance.choice([feed for feed in self.feeds if not feed.killed])
+        proxy = chance.choice([self.to_insert, self.to_read])
+        bytes_before_cut, merge = chance.randint(1, 5000), "OPTIMIZE TABLE stock_values FINAL"
+        faults = {
+            "delay": [lambda: proxy.delay(chance.uniform(0.05, 1))],
+            "stall": [proxy.stall],
+            "refuse": [proxy.refuse],
+            "drop insert's answer": [self.drop_answer_to_insert],
+            "drop answer": [lambda: self.to_read.drop_answer(times=3)],
+            "cut answer": [lambda: proxy.cut_answer(bytes_before_cut, times=3)],
+            "cut insert": [lambda: self.to_insert.cut_request(bytes_before_cut, is_insert)],
+            "merge": [lambda: self.database.command(merge)],
+            "stop ClickHouse": [clickhouse.pause, clickhouse.resume],
+            "kill ClickHouse": [clickhouse.kill, clickhouse.start],
+            "kill server": [self.server.kill, self.start_server],
+            "kill producer": [victim.kill, self.start_feed],
+        }
+        self.deck = self.deck or chance.sample(list(faults), len(faults))
+        fault = self.deck.pop()
+        self.faults[fault] += 1
+        self.check_scripts()
+        strike, *repair = faults[fault]
+        strike()
+        time.sleep(chance.uniform(0.2, 4))
+        for step in repair:
+            step()
         self.to_insert.pass_on()
+        self.to_read.pass_on()
 
-    def round(self, number, seconds):
-        rows = round(self.options.rows_per_second * INTERVAL)
-        seed = self.options.seed * 1000 + number
-        began_ms = int(time.time() * 1000 - INTERVAL * 1000)
-        feeding = Script(
-            "producer.py",
-            *("--dsn", self.dsn(self.to_insert), "--rows", rows, "--interval", INTERVAL),
-            *("--seed", seed),
-        )
+    def drop_answer_to_insert(self):
+        self.to_insert.drop_answer(is_insert)
+        self.to_insert.wait(self.to_insert.faults + 1, 10)  # producers may still be in a pause
+
+    def check_scripts(self):
+        for script in (self.server, *self.feeds):
+            ended = script.process.poll() not in (None, -signal.SIGKILL)
+            self.expect(not ended and "Traceback" not in script.output, script.output)
+
+    def round(self, seconds):
+        """Faults for so long, then quiet, then the comparisons."""
+        kills, connections = self.faults["kill server"], [v.connections for v in self.viewers]
+        for viewer in self.viewers:
+            with viewer.lock:
+                viewer.last, viewer.gaps = None, []  # the quiet between two rounds is no gap
+        self.feeds = []
+        self.start_feed()
+        self.start_feed()
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            time.sleep(self.random.uniform(0.5, 6))
+            time.sleep(self.random.uniform(0.5, 3))
             self.strike()
         time.sleep(2)
-        feeding.stop(seconds=10)
-        written = int(feeding.lines[-1].split()[0].replace(",", ""))
-        self.confirmed += written
-        # Ended in the middle of an outage: it may come to be stored, and says so.
-        unsure = rows if "not confirmed" in feeding.lines[-1] else 0
-        return self.balance(rows, seed, written, unsure, began_ms)
+        self.check_scripts()
+        for feed in self.feeds:
+            self.expect(feed.killed or feed.stop(seconds=10) == 0, feed.output)
+        window = self.wait_for_viewers()
+        arrow = self.came_after(self.head)
+        self.head = max([self.head, *arrow.column("_block_number").to_pylist()])
+        self.check_inserts(arrow)
+        kills = self.faults["kill server"] - kills
+        for number, (viewer, before) in enumerate(zip(self.viewers, connections, strict=True)):
+            again = viewer.connections - before
+            self.check_viewer(f"viewer {number}", viewer, window, counted(arrow), again, kills)
+        status = Path(f"/proc/{self.server.process.pid}/status").read_text()
+        self.memory.append(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) // 1024)
+        grown = self.memory[-1] - self.memory[0]
+        self.expect(grown <= MAX_GROWTH, f"the server's memory has grown by {grown} MB")
 
-    def balance(self, rows, seed, written, unsure, began_ms):
-        """Compare what was drawn, what ClickHouse holds and what a viewer reads of a round."""
-        market = producer.Market(seed)
-        drawn = pandas.concat(
-            pandas.DataFrame(dict(zip(producer.COLUMNS, market.draw(rows, 0, 1), strict=True)))
-            for _ in range((written + unsure) // rows)
-        )[WITHOUT_TIME]
-        columns = ["timestamp", *WITHOUT_TIME]
+    def came_after(self, block):
+        columns = ", ".join(["_block_number", *producer.COLUMNS])
+        sql = f"SELECT {columns} FROM {producer.full_name(self.database.name)}"
+        with contextlib.closing(self.database.connect()) as client:
+            return client.query_arrow(f"{sql} WHERE _block_number > {block}")
 
-        def hold():
-            with contextlib.closing(producer.connect(self.clickhouse.dsn_of("test"))) as client:
-                self.held = int(client.command("SELECT count() FROM test.stock_values"))
-                return client.query_arrow(
-                    f"SELECT {', '.join(producer.COLUMNS)} FROM test.stock_values"
-                    f" WHERE timestamp >= fromUnixTimestamp64Milli({began_ms})"
-                ).to_pandas()
-
-        def read():
-            with Viewer(self.server.url) as viewer:
-                config = {"filter": [["timestamp", ">=", began_ms]], "columns": columns}
-                return viewer.run(self.fetch(viewer, config), 120).to_pandas()[columns]
-
-        wait_until(lambda: self.server.health()["clickhouse"] == "up", 60, self.server.lines)
-        deadline = time.monotonic() + 20
-        while True:  # the last poll, or the last insert, may still be under way
-            held = hold()
-            missing, _ = compare(hashes(drawn[:written]), hashes(held[WITHOUT_TIME]))
-            _, twice = compare(hashes(drawn), hashes(held[WITHOUT_TIME]))
-            lost, doubled = compare(
-                hashes(self.stamped(held[columns])), hashes(self.stamped(read()))
-            )
-            if not missing + twice + lost + doubled or time.monotonic() > deadline:
+    def wait_for_viewers(self):
+        """Return the newest rows, once each viewer has them, or should have them."""
+        newest = f"ORDER BY _block_number DESC, _block_offset DESC LIMIT {self.limit}"
+        deadline = time.monotonic() + SETTLE
+        while time.monotonic() < deadline:
+            window = self.database.rows(newest)
+            if all(viewer.rows() == window for viewer in self.viewers):
                 break
             time.sleep(1)
-        if len(held) > written and not twice:
-            self.unsure += unsure
-        if missing + twice + lost + doubled:
-            print(f"ClickHouse: {missing} missing, {twice} twice; viewer: {lost}, {doubled}")
-        self.missing += missing + lost
-        self.twice += twice + doubled
-        return missing + lost, twice + doubled
+        return window
 
-    @staticmethod
-    def stamped(frame):
-        frame = frame.copy()
-        times = frame["timestamp"]
-        if times.dt.tz is not None:
-            times = times.dt.tz_convert(None)
-        frame["timestamp"] = times.astype("datetime64[ms]").astype("int64")
-        return frame
+    def check_inserts(self, arrow):
+        """Each insert is the next one that a producer drew; ClickHouse has it as a block."""
+        inserts = collections.defaultdict(list)
+        columns = [arrow.column(name).to_pylist() for name in ("_block_number", *DRAWN)]
+        for block, *row in zip(*columns, strict=True):
+            inserts[block].append(tuple(row))
+        left = collections.Counter(tuple(sorted(rows)) for rows in inserts.values())
+        for feed in self.feeds:
+            found = 0
+            for insert in feed.drawn():
+                if not left[insert]:
+                    break
+                left[insert] -= 1
+                found += 1
+            least, most = feed.bounds()
+            text = f"ClickHouse has {found} inserts of a producer that wrote {least} to {most}"
+            self.expect(least <= found <= most, text)
+            self.confirmed += least * feed.rows
+        wrong = left.total()
+        self.expect(not wrong, f"{wrong} inserts are there twice, or not as they were drawn")
 
-    @staticmethod
-    async def fetch(viewer, config):
-        table = await viewer.client.open_table(producer.TABLE)
-        view = await table.view(**config)
-        arrow = await view.to_arrow()
-        await view.delete()
-        return pyarrow.ipc.open_stream(arrow).read_all()
+    def check_viewer(self, name, viewer, window, came, again, kills):
+        with viewer.lock:
+            received, gap = viewer.received.copy(), max(viewer.gaps, default=0)
+            viewer.received -= came  # each row counts in one round
+        self.worst_gap = max(gap, self.worst_gap)
+        rows, more, less = viewer.rows(), received - came, came - received
+        kept = f"{name} connected {again} times again, and the server was killed {kills} times"
+        self.expect(again <= kills, kept)
+        self.expect(not more, f"{name} received {more.total()} rows twice, or with other values")
+        self.expect(again or not less, f"{name} did not receive {less.total()} rows")
+        wrong = f"{(window - rows).total()} rows, and has {(rows - window).total()} others"
+        self.expect(rows == window, f"{name}'s mirror lacks {wrong}")
+        self.expect(gap <= MAX_GAP, f"{name} received nothing for {gap:.1f} s")
 
-    def measure(self):
-        status = Path(f"/proc/{self.server.process.pid}/status").read_text()
-        [line] = [line for line in status.splitlines() if line.startswith("VmRSS")]
-        self.memory.append(int(line.split()[1]) // 1024)
-
-    def run(self):
-        until = time.monotonic() + 60 * self.options.minutes
-        watchers = [Watcher(self.server.url) for _ in range(self.options.viewers)]
-        number = 0
+    def run(self, seconds):
+        """Run rounds for so long; returns the exit status."""
+        until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 5:
-            missing, twice = self.round(number, min(ROUND, left))
-            self.measure()
-            number += 1
-            print(
-                f"round {number}: {self.confirmed:,} rows confirmed, {missing} missing, {twice}"
-                f" twice, {sum(self.faults.values())} faults, server {self.memory[-1]} MB",
-                flush=True,
-            )
-        for watcher in watchers:
-            watcher.ended.set()
-        for watcher in watchers:
-            watcher.close()
-        self.delivered += self.server.health()["delivered"]
-        middle = self.memory[len(self.memory) // 2]
-        restarts = {name: self.faults.get(name, 0) for name in ("kill", "restart_server")}
-        print(f"""
-rows confirmed        {self.confirmed:,}
-rows in ClickHouse    {self.held:,}, {self.unsure:,} of them sent when a producer was ended
-rows delivered        {self.delivered:,} (windows read anew included)
-duplicates            {self.twice}
-losses                {self.missing}
-faults                {sum(self.faults.values())}: {self.faults}
-restarts survived     ClickHouse {restarts["kill"]}, server {restarts["restart_server"]}
-server's memory       {self.memory[0]} MB at first, {middle} MB in the middle, \
-{self.memory[-1]} MB at the end
-viewers               {len(watchers)}, {min(w.updates for w in watchers):,} updates at least, \
-worst gap {max(w.worst for w in watchers):.1f} s (outages included)""")
-        right = self.held == self.confirmed + self.unsure
-        return 0 if right and self.missing == self.twice == 0 else 1
+            self.round(min(ROUND, left))
+            print(f"round {len(self.memory)}: {self.confirmed:,} rows confirmed,", end=" ")
+            print(f"{self.faults.total()} faults, worst gap {self.worst_gap:.1f} s,", end=" ")
+            print(f"server {self.memory[-1]} MB, {self.violations} violations", flush=True)
+        print(f"faults: {dict(self.faults)}")
+        return 1 if self.violations else 0
 
     def close(self):
-        self.server.kill()
-        self.to_insert.close()
-        self.to_read.close()
-        self.clickhouse.kill()
+        for process in (self.server, *self.feeds):
+            process.kill()
+        for end in (*self.viewers, self.to_insert, self.to_read):
+            end.close()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--rows-per-second", type=int, default=10_000)
-    parser.add_argument("--viewers", type=int, default=20)
+    for name, default in {
+        "minutes": 20.0,
+        "seed": 1,
+        "rows-per-second": 2000,
+        "viewers": 3,
+    }.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        soak = Soak(options, folder)
-        try:
-            return soak.run()
-        finally:
-            soak.close()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ClickHouseProcess(folder) as clickhouse,
+        contextlib.closing(Soak(options, clickhouse)) as soak,
+    ):
+        return soak.run(60 * options.minutes)
 
 
 if __name__ == "__main__":

@@ -1,70 +1,39 @@
-"""The page in headless Chromium, on real servers and real ticks.
+"""The page in headless Chromium, on real servers and real ticks."""
 
-    python tests/test_viewer.py
-
-measures instead: how soon the page shows its first row, how soon a tick shows in the grid, and what
-the page costs its main thread.
-"""
-
+import asyncio
 import contextlib
-import io
+import copy
+import datetime
 import json
-import os
-import random
 import re
-import shutil
 import signal
-import statistics
-import sys
-import tempfile
 import time
-from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import pytest
+from browser import coloured
 from clickhouse_http import ClickHouseProcess
-from conftest import ROOT, Database, Script, Server, free_port, wait_until
-from PIL import Image
-from playwright.sync_api import sync_playwright
+from conftest import ROOT, Database, Mirror, Script, Server, free_port, wait_until
+from proxy import Proxy
 
 import producer
 
-FLAGS = [
-    "--no-sandbox",
-    "--use-angle=swiftshader-webgl",
-    "--enable-unsafe-swiftshader",
-    "--disable-quic",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 LIMIT = 5000  # rows in the window: small, so that new rows soon overwrite others
-PANELS = ["candles", "closes", "everything", "tickers", "ticks", "volume", "volumes"]
+SHOWN = [
+    "timestamp",
+    "ticker",
+    "client",
+    "open",
+    "high",
+    "low",
+    "close",
+    "volume",
+]  # in the newest ticks
+CHARTS = ["candles", "volumeHeatmap", "historyVolume", "historyClose"]
+GRIDS = ["tickers", "newestTicks", "historyTable"]
 PAGE = (ROOT / "prsp-viewer.html").as_uri()
 VIEWER = "document.querySelector('perspective-viewer')"
-# What Chromium itself writes to the console when the server or ClickHouse is away.
-AWAY = "status of 503"
-LOST = f"net::ERR_|WebSocket connection to|{AWAY}"
-
-
-def chromium(playwright):
-    """Where a Chromium is: this machine's own, or else the one that Playwright downloads."""
-    names = ("/usr/bin/chromium", "chromium", "chromium-browser", "google-chrome")
-    places = [*map(shutil.which, names), playwright.chromium.executable_path]
-    return next((place for place in places if place and Path(place).exists()), None)
-
-
-@contextlib.contextmanager
-def launched():
-    """A browser; None if there is none."""
-    with sync_playwright() as playwright:
-        path = chromium(playwright)
-        browser = path and playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        if browser:
-            browser.close()
+LOST = "net::ERR_|WebSocket connection to|status of 503"  # Chromium's words, a server is away
 
 
 class Tab:
@@ -72,13 +41,13 @@ class Tab:
 
     def __init__(self, context, init=None):
         self.page = context.new_page()
-        self.page.set_default_timeout(20_000)
-        self.complaints, self.urls, self.asked = [], [], []
+        self.page.set_default_timeout(30_000)
+        self.complaints, self.urls, self.sockets = [], [], []
         self.forgiven = None  # a pattern of complaints that the test provokes
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self.complaints.append(f"page error: {error}"))
         self.page.on("request", lambda request: self.urls.append(request.url))
-        self.page.on("websocket", self._websocket)
+        self.page.on("websocket", lambda socket: self.sockets.append(socket.url))
         if init:
             self.page.add_init_script(init)
 
@@ -86,74 +55,79 @@ class Tab:
         if message.type in ("error", "warning"):
             self.complaints.append(f"{message.type}: {message.text}")
 
-    def _websocket(self, socket):
-        self.urls.append(socket.url)
-        if urlsplit(socket.url).path == "/history":
-            socket.on("framesent", lambda message: self.asked.append(message))
-
     def check(self):
         """Nothing in the console, and no other host was asked for anything."""
-        unforgiven = [
-            text
-            for text in self.complaints
-            if not (self.forgiven and re.search(self.forgiven, text))
-        ]
-        assert unforgiven == []
-        hosts = {
-            urlsplit(url).hostname
-            for url in self.urls
-            if urlsplit(url).scheme not in ("data", "blob", "file")
-        }
+        pattern = self.forgiven or "$^"
+        assert [text for text in self.complaints if not re.search(pattern, text)] == []
+        urls = map(urlsplit, self.urls + self.sockets)
+        hosts = {url.hostname for url in urls if url.scheme not in ("data", "blob", "file")}
         assert hosts <= {"localhost", "127.0.0.1"}
 
     def wait_for(self, state, seconds=30):
-        """Wait until the status line says so; returns the seconds that it took."""
-        began = time.monotonic()
+        """Wait until the status line says so."""
         self.page.wait_for_selector(f"#state.{state}", timeout=1000 * seconds)
-        return time.monotonic() - began
+
+    def wait_for_notice(self, text):
+        self.page.wait_for_selector(f'#notice:has-text("{text}")')
 
     def text(self, selector):
         return self.page.text_content(selector)
 
     def figure(self, name):
         """A number of the status line, None if there is none."""
-        found = re.match("[0-9,]+", self.text(f"#{name}"))
-        return int(found[0].replace(",", "")) if found else None
+        text = self.text(f"#{name}").replace(",", "")
+        return int(text) if text.isdigit() else None
 
-    def cells(self, panel):
+    def cells(self, panel="newestTicks"):
         """The rows of a grid as they are on the screen: lists of texts."""
         return self.page.evaluate(
             """(panel) => {
                 const grid = document.querySelector(`perspective-viewer-datagrid[slot=${panel}]`);
-                return [...grid.shadowRoot.querySelectorAll("tbody tr")].map(
+                return [...grid?.shadowRoot.querySelectorAll("tbody tr") ?? []].map(
                     (row) => [...row.cells].map((cell) => cell.textContent));
             }""",
             panel,
         )
 
+    def wait_for_cells(self, panel="newestTicks"):
+        """Wait until the dashboard is there and a grid has rows."""
+        self.page.wait_for_selector("perspective-viewer:not(.empty)")
+        return wait_until(lambda: self.cells(panel), 30, f"rows in {panel}")
+
+    def wait_for_other_cells(self, panel="newestTicks", before=None):
+        before = before or self.wait_for_cells(panel)
+        wait_until(lambda: self.cells(panel) != before, 30, f"other rows in {panel}")
+
     def picture(self, panel):
         """A chart as PNG."""
         return self.page.locator(f"perspective-viewer > [slot={panel}]").screenshot()
 
-    def wait_for_marks(self, panel, move=True):
-        """Wait until a chart shows more colour than its legend and scale have, and then others."""
-        least = {"candles": 500, "volume": 5000, "volumes": 50, "closes": 50}[panel]
+    def wait_for_marks(self, panel, other_than=None):
+        """Wait until a chart shows more colour than its legend has. Returns the picture."""
+        least = {"candles": 500, "volumeHeatmap": 5000}.get(panel, 50)
 
-        def shown():
-            return coloured(self.picture(panel)) > least
+        def marks():
+            picture = self.picture(panel)
+            return picture != other_than and coloured(picture) > least and picture
 
-        wait_until(shown, 10, f"marks in {panel}")
-        before = self.picture(panel)
-        if move:
-            wait_until(lambda: self.picture(panel) != before, 10, f"other marks in {panel}")
-            wait_until(shown, 10, f"marks in {panel}")
+        return wait_until(marks, 30, f"marks in {panel}")
 
-    def columns(self, panel):
-        """All that a panel's view holds."""
+    def rows(self, panel="newestTicks"):
+        """All that a panel's view holds, as a list of {column: value}."""
+        return self.page.evaluate(
+            f"async (panel) => (await {VIEWER}.getView({{ panel }})).to_json()", panel
+        )
+
+    def fresh_rows(self, panel):
+        """What a new view, made as the panel's is, holds."""
         return self.page.evaluate(
             f"""async (panel) => {{
-                const view = await {VIEWER}.getView({{ panel }});
-                return await view.to_columns();
+                const table = await {VIEWER}.getTable({{ panel }});
+                const kept = await {VIEWER}.getView({{ panel }});
+                const view = await table.view(await kept.get_config());
+                const rows = await view.to_json();
+                await view.delete();
+                return rows;
             }}""",
             panel,
         )
@@ -161,13 +135,19 @@ class Tab:
     def workspace(self):
         return self.page.evaluate(f"{VIEWER}.saveWorkspace()")
 
+    def restore(self, panel, **config):
+        """Change a panel as its settings do, without waiting for the result."""
+        script = f"([config, panel]) => {{ {VIEWER}.restore(config, {{ panel }}) }}"
+        self.page.evaluate(script, [config, panel])
+
     def change(self, panel, **config):
-        """Change a panel as its settings do, and wait until the page has stored that."""
+        self.after(lambda: self.restore(panel, **config))
+
+    def after(self, gesture):
+        """Change something, and wait until the page has stored that."""
         before = self.stored()
-        self.page.evaluate(
-            f"([config, panel]) => {VIEWER}.restore(config, {{ panel }})", [config, panel]
-        )
-        wait_until(lambda: self.stored() != before, 10, "the layout is stored")
+        gesture()
+        wait_until(lambda: self.stored() != before, 30, "the change is stored")
 
     def stored(self, name="layout"):
         return self.page.evaluate(
@@ -176,15 +156,17 @@ class Tab:
         )
 
     def store(self, layout):
-        """Put something in the place of the stored layout."""
+        """Put something in the place of the stored layout, and load the page anew."""
         self.page.evaluate(
             """(layout) => {
                 for (const place of [sessionStorage, localStorage]) {
-                    place.setItem(`prsp-viewer ${location.origin} layout`, layout);
+                    const key = Object.keys(place).find((key) => key.endsWith(" layout"));
+                    place.setItem(key, layout);
                 }
             }""",
             layout,
         )
+        self.page.reload()
 
     def select(self, panel):
         """Bring a panel to the front, by a click at its tab."""
@@ -196,18 +178,13 @@ class Tab:
         dark = self.page.evaluate("document.documentElement.classList.contains('dark')")
         return dark, background, {panel["theme"] for panel in self.workspace()["panels"].values()}
 
+    def loaded_at(self):
+        """Another number after each loading of the page."""
+        return self.page.evaluate("performance.timeOrigin")
+
 
 LIGHT = (False, "rgb(255, 255, 255)", {"Pro Light"})
 DARK = (True, "rgb(36, 37, 38)", {"Pro Dark"})
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as browser:
-        if browser is None:
-            end = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
-            end("no Chromium: install it, or run `playwright install chromium`")
-        yield browser
 
 
 @pytest.fixture
@@ -215,20 +192,18 @@ def visit(browser):
     """Opens pages: visit(url, state, ...). After the test, none of them has complained."""
     contexts, tabs = [], []
 
-    def open_tab(url, state="live", beside=None, init=None, route=None, **options):
+    def open_tab(url, state="live", beside=None, init=None, **options):
         """A tab in a browser profile of its own, or in that of the tab `beside` it."""
-        if beside:
-            context = beside.page.context
-        else:
-            context = browser.new_context(viewport={"width": 1200, "height": 760}, **options)
-            contexts.append(context)
-        if route:
-            context.route(*route)
-        tab = Tab(context, init)
+        if beside is None:
+            size = {"width": 1200, "height": 760}
+            contexts.append(browser.new_context(viewport=size, **options))
+        tab = Tab(beside.page.context if beside else contexts[-1], init)
         tabs.append(tab)
         tab.page.goto(url)
         if state:
             tab.wait_for(state)
+        if state == "live":
+            tab.wait_for_cells()
         return tab
 
     yield open_tab
@@ -245,454 +220,674 @@ class Site:
 
     def __init__(self, clickhouse):
         self.database = Database(clickhouse)
-        fill(self.database.dsn, 2 * LIMIT, 600_000)
+        fill(self.database, 2 * LIMIT, 600_000)
         self.producer = Script("producer.py", "--dsn", self.database.dsn, "--seed", 7)
-        self.server = Server("--dsn", self.database.dsn, "--limit", LIMIT)
+        self.options = ["--dsn", self.database.dsn, "--limit", LIMIT]
+        self.server = Server(*self.options)
         self.url = self.server.url
-
-    def ask(self, sql):
-        with contextlib.closing(self.database.connect()) as client:
-            table = f"{self.database.name}.stock_values"
-            return client.query(sql.replace("stock_values", table)).result_rows
 
     @contextlib.contextmanager
     def paused(self):
-        """The producer does nothing, and all that it has inserted is in Perspective."""
+        """The producer does nothing."""
         self.producer.process.send_signal(signal.SIGSTOP)
         try:
             yield
         finally:
             self.producer.process.send_signal(signal.SIGCONT)
 
-    def settle(self):
-        """While the producer is paused: wait until Perspective has all rows."""
-
-        def settled():
-            before = self.server.health()["delivered"]
-            time.sleep(0.6)  # two polls
-            return self.server.health()["delivered"] == before
-
-        wait_until(settled)
-
-    def end(self):
-        self.server.kill()
-        self.producer.kill()
-        self.database.command(f"DROP DATABASE {self.database.name}")
-
 
 @pytest.fixture(scope="module")
 def site(clickhouse):
     site = Site(clickhouse)
     yield site
-    site.end()
+    site.server.kill()
+    site.producer.kill()
+    site.database.command(f"DROP DATABASE {site.database.name}")
 
 
-def fill(dsn, rows, span_ms):
-    """Create the table and insert ticks of the `span_ms` before now."""
-    maker = producer.Producer(dsn, 1, rows, seed=1)
+class Link(Proxy):
+    """What stands between browser and server: a path that is stripped, a slow line, a dead one.
+
+    It names the server in Host as reverse proxies do, so the server sees a foreign origin.
+    """
+
+    def __init__(self, port, path="/", bytes_per_second=None):
+        self.path, self.bytes_per_second = path, bytes_per_second
+        self.silences, self.busy_until = 0, 0
+        super().__init__(port)
+        self.url = f"http://localhost:{self.port}"
+
+    def silence(self):
+        """Drop what the connections that are open carry from now on; they stay open."""
+        self.silences += 1
+
+    async def _requests(self, reader, writer, requests):
+        silences = self.silences
+        while data := await reader.read(1 << 16):
+            if silences == self.silences:
+                data = re.sub(b"^(GET|HEAD) %s" % self.path.encode(), rb"\1 /", data)
+                data = re.sub(rb"\r\nHost: \S+", b"\r\nHost: localhost:%d" % self.target_port, data)
+                writer.write(data)
+                await writer.drain()
+
+    async def _answers(self, reader, writer, requests):
+        silences = self.silences
+        while data := await reader.read(1 << 12):
+            if self.bytes_per_second:
+                now = time.monotonic()
+                self.busy_until = max(now, self.busy_until) + len(data) / self.bytes_per_second
+                await asyncio.sleep(self.busy_until - now)
+            if silences == self.silences:
+                writer.write(data)
+                await writer.drain()
+
+
+class ChangedServer(Server):
+    """A server from a copy of the scripts with changes: {file: (old text, new text)}."""
+
+    def __init__(self, folder, changes, *arguments, port):
+        self.port, self.url = port, f"http://localhost:{port}"
+        for name in ("producer.py", "perspective_server.py", "prsp-viewer.html"):
+            old, new = changes.get(name, ("", ""))
+            text = (ROOT / name).read_text()
+            assert old in text
+            (folder / name).write_text(text.replace(old, new, 1))
+        Script.__init__(self, folder / "perspective_server.py", "--port", port, *arguments)
+        self.wait_for("open http://")
+
+
+def fill(database, rows, span_ms=60_000):
+    """Create the table and insert ticks of the `span_ms` before now, as one block."""
+    maker = producer.Producer(database.dsn, 1, rows, seed=1)
     maker.open()
     start_ms = round(1000 * time.time()) - span_ms
     maker.insert(maker.market.draw(rows, start_ms, span_ms), "old")
     maker.client.close()
 
 
-def table_for(database):
-    """Create the table, without rows."""
-    with contextlib.closing(producer.connect(database.dsn)) as client:
-        producer.create_table(client, database.name)
+def ask(database, sql):
+    """Rows of an answer, as lists; `stock_values` is named without its database."""
+    with contextlib.closing(database.connect()) as client:
+        table = f"{database.name}.stock_values"
+        return [list(row) for row in client.query(sql.replace("stock_values", table)).result_rows]
 
 
 def differences(one, other, path=""):
     """Where two workspaces differ."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return [
-            difference
-            for key in sorted({*one, *other})
-            for difference in differences(one.get(key), other.get(key), f"{path}.{key}")
-        ]
+        keys = sorted({*one, *other})
+        found = (differences(one.get(key), other.get(key), f"{path}.{key}") for key in keys)
+        return [difference for differences in found for difference in differences]
     return [] if one == other else [(path, one, other)]
-
-
-def coloured(png):
-    """How many pixels have a colour, unlike background, text and lines."""
-    with Image.open(io.BytesIO(png)) as image:
-        counted = image.convert("RGB").getcolors(1 << 24)
-    return sum(count for count, colour in counted if max(colour) - min(colour) > 50)
 
 
 # ---------------------------------------------------------------------------------------------
 # What is shown.
 
+RECENT = """FROM stock_values WHERE timestamp >= toStartOfInterval(
+    (SELECT max(timestamp) FROM stock_values) - INTERVAL 5 MINUTE, INTERVAL 2 SECOND)"""
+ARRIVAL = "(timestamp, _block_number, _block_offset)"
+WINDOW = "FROM stock_values ORDER BY _block_number DESC, _block_offset DESC LIMIT"
+BY_SQL = {
+    "tickers": f"""SELECT ticker, argMax(close, {ARRIVAL}),
+        argMax(toFloat64(close), {ARRIVAL}) / argMin(toFloat64(open), {ARRIVAL}) - 1,
+        max(high), min(low), sum(volume) {RECENT} GROUP BY ticker ORDER BY ticker""",
+    "candles": f"""SELECT intDiv(toUnixTimestamp64Milli(timestamp), 2000) * 2000 AS time,
+        argMin(open, {ARRIVAL}), argMax(close, {ARRIVAL}), max(high), min(low)
+        {RECENT} AND ticker = 'AAPL.N' GROUP BY time ORDER BY time""",
+    "newestTicks": f"SELECT toUnixTimestamp64Milli(timestamp), {', '.join(SHOWN[1:])} {WINDOW}"
+    f" {LIMIT}",
+}
+PRICE, NUMBER = r"\d{1,3}(,\d{3})*\.\d\d", r"\d{1,3}(,\d{3})*"
+TEXTS = {
+    "tickers": [r"[A-Z]+\.N", PRICE, r"[+-]?\d+\.\d\d%", PRICE, PRICE, NUMBER],
+    "newestTicks": [r"[\d:]{8}\.\d{3}", r"[A-Z]+\.N", "[A-Z][a-z]+", *[PRICE] * 4, NUMBER],
+}
 
-def test_every_panel_shows_marks_that_move(site, visit):
+
+def total_ticks(tab):
+    """The number of ticks in the first row of the history's grid."""
+    rows = tab.cells("historyTable")
+    return int(rows[0][1].replace(",", "")) if rows else 0
+
+
+def test_every_panel_draws_and_moves_and_agrees_with_sql(site, visit):
     tab = visit(site.url)
-    assert sorted(tab.workspace()["panels"]) == PANELS
-    titles = [panel["title"] for panel in tab.workspace()["panels"].values()]
-    assert all(titles) and len(set(titles)) == len(PANELS)
-    for panel in ("tickers", "ticks"):
-        before = wait_until(lambda panel=panel: tab.cells(panel), 10, f"rows in {panel}")
-        assert all(cell for row in before for cell in row)
-        wait_until(lambda p=panel, b=before: tab.cells(p) != b, 10, f"other rows in {panel}")
-    for panel in ("candles", "volume"):
-        tab.wait_for_marks(panel)
-    assert len(tab.cells("tickers")) == len(producer.LEVELS)
+    panels = tab.workspace()["panels"]
+    assert sorted(panels) == sorted(CHARTS + GRIDS)
+    assert len({panel["title"] for panel in panels.values()} - {""}) == len(panels)
     assert tab.page.locator("perspective-viewer-datagrid-toolbar:visible").count() == 0
+    for panel, texts in TEXTS.items():
+        tab.wait_for_other_cells(panel)
+        for row in tab.cells(panel):
+            assert len(row) == len(texts) and all(map(re.fullmatch, texts, row)), row
+    pictures = {}
+    for panel in CHARTS:
+        tab.select(panel)
+        pictures[panel] = tab.wait_for_marks(panel)
+    tab.select("historyTable")
+    before = wait_until(lambda: total_ticks(tab), 30, "rows in the history")
+    assert before > 2 * LIMIT
+
+    with site.paused():
+        for panel, sql in BY_SQL.items():
+            names, expected = panels[panel]["columns"], ask(site.database, sql)
+            assert len(expected) > 2
+
+            def agrees(panel=panel, names=names, expected=expected):
+                shown = [
+                    row.get("__ROW_PATH__", []) + [row[name] for name in names]
+                    for row in tab.rows(panel)
+                ]
+                return len(shown) == len(expected) and all(
+                    one == other or one == pytest.approx(other, rel=1e-9)
+                    for row, line in zip(shown, expected, strict=True)
+                    for one, other in zip(row, line, strict=True)
+                )
+
+            wait_until(agrees, 30, f"{panel} as SQL gives it")
+        tickers = [
+            [f"{last:,.2f}", f"{100 * change:+.2f}%", f"{high:,.2f}", f"{low:,.2f}", f"{volume:,}"]
+            for _, last, change, high, low, volume in ask(site.database, BY_SQL["tickers"])
+        ]
+        wait_until(lambda: [row[1:] for row in tab.cells("tickers")] == tickers, 30, tickers)
+
+        # The history runs every 30 seconds. Several ticks may share the last millisecond.
+        [[ticks, volume]] = ask(site.database, "SELECT count(), sum(volume) FROM stock_values")
+        assert ticks > before
+        wait_until(lambda: total_ticks(tab) == ticks, 45, f"{ticks} ticks in the history")
+        assert tab.cells("historyTable")[0][-1] == f"{volume:,}"
+        rows = {tuple(row["__ROW_PATH__"]): row for row in tab.rows("historyTable")}
+        for ticker, closes in ask(
+            site.database,
+            "SELECT ticker, groupArray(close) FROM stock_values WHERE (ticker, timestamp) IN"
+            " (SELECT ticker, max(timestamp) FROM stock_values GROUP BY ticker) GROUP BY ticker",
+        ):
+            assert any(rows[ticker,]["close"] == pytest.approx(close) for close in closes)
+    for panel in CHARTS:
+        tab.select(panel)
+        tab.wait_for_marks(panel, other_than=pictures[panel])
 
 
-def test_the_blotter(site, visit):
+def test_the_status_line_says_how_the_server_is_doing(site, visit):
     tab = visit(site.url)
-    rows = wait_until(lambda: tab.cells("ticks"), 10, "rows")
-    assert len(rows) > 10
-    price = r"\d{1,3}(,\d{3})*\.\d\d"
-    kinds = [r"\d\d:\d\d:\d\d\.\d{3}", "|".join(producer.LEVELS), "|".join(producer.CLIENTS)]
-    kinds += [price] * 4 + [r"\d{1,3}(,\d{3})*"]
-    for row in rows:
-        assert len(row) == len(kinds)
-        assert all(map(re.fullmatch, kinds, row)), row
-    times = [row[0] for row in rows]
-    assert times == sorted(times, reverse=True) or "23:59" in times[-1]  # at midnight
-    volumes = tab.columns("ticks")["volume"]
-    assert len(volumes) == 1000 and any(volume > 999 for volume in volumes)
+    assert tab.text("#state") == "live" and tab.text("#notice") == ""
+    wait_until(lambda: 500 <= (tab.figure("rate") or 0) <= 2000, 30, "rows a second")
+    assert tab.figure("rows") == site.server.health()["rows"] == LIMIT
+    assert tab.figure("lag") < 2000
+    other = visit(site.url)
+    wait_until(lambda: tab.figure("viewers") == other.figure("viewers") == 2, 30, "two viewers")
+    other.page.goto("about:blank")
+    wait_until(lambda: tab.figure("viewers") == 1, 30, "one viewer")
+    with site.paused():
+        tab.wait_for("waiting")
+        assert tab.text("#state") == "waiting for rows"
+        assert tab.cells()
+    tab.wait_for("live")
 
 
 def test_an_instant_is_the_same_everywhere(database, start, visit):
     """The server in one zone, the browser in another, and the row written in UTC."""
-    table_for(database)
-    zone = {"TZ": "America/New_York"}
-    server = start(Server, "--dsn", database.dsn, env=zone)
+    fill(database, 1)
+    database.command("TRUNCATE TABLE stock_values")
     row = "'AAPL.N', 'Homer', 1, 4, 0.5, 2, 1234567, '2021-03-04'"
     database.command(f"INSERT INTO stock_values VALUES ('2021-03-04 20:06:07.089', {row})")
-    server.wait_for_rows(1)
+    server = start(Server, "--dsn", database.dsn, env={"TZ": "America/New_York"})
     tab = visit(server.url, "waiting", timezone_id="Asia/Tokyo")
-    shown = ["AAPL.N", "Homer", "1.00", "4.00", "0.50", "2.00", "1,234,567"]
-    wait_until(lambda: tab.cells("ticks") == [["05:06:07.089", *shown]], 10, "the row")
-    start(Script, "producer.py", "--dsn", database.dsn, "--batches", 1, "--rows", 1, env=zone)
-    wait_until(lambda: len(tab.cells("ticks")) == 2, 10, "the tick of the producer")
-    columns = tab.columns("ticks")
-    assert columns["timestamp"][1] == 1_614_888_367_089
-    assert abs(columns["timestamp"][0] - 1000 * time.time()) < 60_000
+    shown = ["05:06:07.089", "AAPL.N", "Homer", "1.00", "4.00", "0.50", "2.00", "1,234,567"]
+    wait_until(lambda: tab.cells() == [shown], 30, "the row")
+    assert tab.rows()[0]["timestamp"] == 1_614_888_367_089
 
 
-# The ring's rows: the newest blocks.
-WINDOW = f"""(
-    SELECT *, _block_number, _block_offset FROM stock_values
-    ORDER BY _block_number DESC, _block_offset DESC LIMIT {LIMIT}
-)"""
+# ---------------------------------------------------------------------------------------------
+# The page outlives its connection.
+
+MINE = {
+    "table": "stock_values_history",
+    "title": "Mine",
+    "plugin": "Datagrid",
+    "group_by": ["client"],
+    "split_by": ["ticker"],
+    "columns": ["volume", "ticks"],
+    "sort": [["volume", "desc"]],
+}
 
 
-def test_candles_and_tickers_agree_with_sql(site, visit):
-    tab = visit(site.url)
-    began = site.server.health()["delivered"]
-    site.server.wait_for_delivered(began + LIMIT)  # all rows have been overwritten
-    with site.paused():
-        site.settle()
-        candles, tickers = tab.columns("candles"), tab.columns("tickers")
-        buckets = site.ask(f"""
-            WITH (timestamp, _block_number, _block_offset) AS arrival
-            SELECT intDiv(toUnixTimestamp64Milli(timestamp), 2000) * 2000 AS bucket,
-                argMin(open, arrival), argMax(close, arrival), max(high), min(low)
-            FROM {WINDOW} WHERE ticker = 'AAPL.N' GROUP BY bucket ORDER BY bucket""")
-        by_ticker = site.ask(f"""
-            WITH (timestamp, _block_number, _block_offset) AS arrival
-            SELECT ticker, argMax(close, arrival), argMin(open, arrival),
-                max(high), min(low), sum(volume)
-            FROM {WINDOW} GROUP BY ticker ORDER BY ticker""")
+def test_the_server_is_killed_and_comes_back(site, start, visit):
+    """Rows move again within three seconds, in the same page, with what the person made of it."""
+    server = start(Server, *site.options)
+    tab = visit(server.url)
+    tab.forgiven = LOST
+    tab.after(lambda: tab.page.evaluate(f"(panel) => {VIEWER}.addPanel(panel)", MINE))
+    tab.change("candles", filter=[["ticker", "==", "MSFT.N"]], title="My candles")
+    workspace, loaded_at = tab.workspace(), tab.loaded_at()
+    [mine] = [name for name, panel in workspace["panels"].items() if panel["title"] == "Mine"]
+    tab.wait_for_cells(mine)
+    for long in (False, True):
+        server.kill()
+        tab.wait_for("reconnecting")
+        assert tab.text("#state") == "reconnecting"
+        tab.wait_for_notice("The server does not answer. This page keeps what it has")
+        before = tab.cells()
+        assert len(before) > 10
+        if long:
+            # Chromium makes a websocket wait 1 to 5 s when some 15 before it were opened in vain,
+            # so after a minute's outage; requests do not wait.
+            sockets = len(tab.sockets)
+            tab.page.wait_for_timeout(9000)
+            assert len(tab.sockets) <= sockets + 1
+        assert tab.cells() == before and not differences(tab.workspace(), workspace)
+        server = start(Server, *site.options, port=server.port)
+        began = time.monotonic()
+        tab.wait_for_other_cells(before=before)
+        assert time.monotonic() - began < 3, f"after a {'long' if long else 'short'} outage"
+        tab.wait_for("live")
+        assert tab.text("#notice") == ""
+        assert tab.loaded_at() == loaded_at
+        assert not differences(tab.workspace(), workspace)
+        assert tab.cells(mine)
 
-        def shown():
-            return {row[0]: row[1:] for row in tab.cells("tickers")}
 
-        def expected():
-            names = ("ticker", "last", "high", "low", "volume")
-            return {
-                ticker: [f"{last:,.2f}", f"{high:,.2f}", f"{low:,.2f}", f"{volume:,.0f}"]
-                for ticker, last, high, low, volume in zip(
-                    *(tickers[name] for name in names), strict=True
-                )
-            }
+def test_a_connection_that_forwards_nothing_is_replaced(site, start, visit):
+    port = free_port()
+    with Link(port) as link:
+        start(Server, *site.options, "--allow-origin", link.url, port=port)
+        tab = visit(link.url)
+        loaded_at, sockets = tab.loaded_at(), len(tab.sockets)
+        link.silence()
+        began = time.monotonic()
+        tab.page.wait_for_timeout(1000)  # what was on its way is shown
+        tab.wait_for_other_cells()
+        assert 3 < time.monotonic() - began < 8
+        assert len(tab.sockets) == sockets + 1 and tab.loaded_at() == loaded_at
+        tab.wait_for("live")
 
-        def agree():
-            return {key: [row[0], *row[2:]] for key, row in shown().items()} == expected()
 
-        wait_until(agree, 10, "the grid shows what the view holds")
-        percents = {ticker: row[1] for ticker, row in shown().items()}
-        colours = dict(
-            tab.page.evaluate(
-                """[...document.querySelector("perspective-viewer-datagrid[slot=tickers]")
-                    .shadowRoot.querySelectorAll("tbody tr")].map((row) => [
-                        row.cells[0].textContent, getComputedStyle(row.cells[2]).color])"""
-            )
+def test_clickhouse_goes_away_and_comes_back(tmp_path, start, visit):
+    with ClickHouseProcess(tmp_path) as clickhouse:
+        server = start(Server, "--dsn", clickhouse.dsn)
+        tab = visit(server.url, "waiting")
+        tab.wait_for_notice("ClickHouse has no table stock_values yet")
+        start(Script, "producer.py", "--dsn", clickhouse.dsn)
+        tab.wait_for("live")
+        tab.wait_for_cells()
+        assert tab.text("#notice") == ""
+        clickhouse.kill()
+        tab.wait_for("away")
+        assert tab.text("#state") == "ClickHouse away"
+        before = tab.cells()
+        assert len(before) > 10 and "" not in before[0]
+        tab.wait_for_marks("volumeHeatmap")
+        assert tab.cells() == before
+        clickhouse.start()
+        tab.wait_for_other_cells(before=before)
+        tab.wait_for("live")
+
+
+GROUPS = [["ticker"], ["client"], ["ticker", "client"], ["volume"], ["close"], ["client", "ticker"]]
+# Notes each text that a grid's first row, that of the total, shows in any frame.
+WATCH_TOTALS = """
+window.totals = {};
+const look = () => {
+    for (const grid of document.querySelectorAll("perspective-viewer-datagrid")) {
+        const [row] = grid.shadowRoot.querySelectorAll("tbody tr");
+        if (row) totals[[...row.cells].map((cell) => cell.textContent).join(" ")] = true;
+    }
+    requestAnimationFrame(look);
+};
+look();
+"""
+
+
+def split(orientation, *children):
+    sizes = [1 / len(children)] * len(children)
+    parts = {"sizes": sizes, "children": children}
+    return {"type": "split-layout", "orientation": orientation} | parts
+
+
+def test_six_grouped_panels_stay_right_through_replacements(database, start, visit):
+    """After each change they hold what SQL gives, and no frame shows a sum that never was."""
+    fill(database, 3000)
+    options = ["--dsn", database.dsn, "--limit", LIMIT]
+    server = start(Server, *options)
+    tab = visit(server.url, "waiting")
+    tab.forgiven = LOST
+    tab.wait_for_cells()
+    number = {"fg_mode": "disabled", "number_format": {"useGrouping": False}}
+    grid = {"table": "stock_values", "plugin": "Datagrid", "columns": ["volume", "ticker"]}
+    panels = {
+        "_".join(group): grid | {"group_by": group, "columns_config": {"volume": number}}
+        for group in GROUPS
+    }
+    tabs = [{"type": "tab-layout", "tabs": [name], "selected": 0} for name in panels]
+    pairs = zip(tabs[::2], tabs[1::2], strict=True)
+    layout = split("horizontal", *(split("vertical", *pair) for pair in pairs))
+    show = f"(workspace) => {VIEWER}.restoreWorkspace(workspace)"
+    tab.page.evaluate(show, {"panels": panels, "layout": layout})
+    allowed = set()
+
+    def leaves(rows, group):
+        """The sums and counts of the groups, in the order of SQL."""
+        return sorted(
+            [*row["__ROW_PATH__"], row["volume"], row["ticker"]]
+            for row in rows
+            if len(row["__ROW_PATH__"]) == len(group)
         )
 
-    assert [path[0] for path in candles["__ROW_PATH__"]] == [bucket[0] for bucket in buckets]
-    assert len(buckets) >= 3
-    for i, bucket in enumerate(buckets):
-        shown_candle = [candles[name][i] for name in ("open", "close", "high", "low")]
-        assert shown_candle == pytest.approx(bucket[1:], rel=1e-12)
+    def check():
+        [[volume, count]] = ask(database, "SELECT sum(volume), count() FROM stock_values")
+        allowed.add(f"TOTAL {volume or ''} {count:,}")
+        for panel, group in zip(panels, GROUPS, strict=True):
+            keys = ", ".join(group).replace("close", "toFloat64(close)")
+            sql = f"SELECT {keys}, sum(volume), count() FROM stock_values GROUP BY {keys}"
+            expected = sorted(ask(database, sql))
+            assert bool(expected) == bool(count)
+            wait_until(lambda p=panel, g=group, e=expected: leaves(tab.rows(p), g) == e, 30, sql)
+            assert leaves(tab.fresh_rows(panel), group) == expected
 
-    assert tickers["ticker"] == [row[0] for row in by_ticker]
-    assert len(by_ticker) == len(producer.LEVELS)
-    for i, (ticker, last, first, high, low, volume) in enumerate(by_ticker):
-        names = ("last", "high", "low", "volume")
-        shown_line = [tickers[name][i] for name in names]
-        assert shown_line == pytest.approx([last, high, low, volume], rel=1e-12)
-        change = tickers["change"][i]
-        assert abs(change - (last / first - 1)) < 1e-9
-        text = percents[ticker]
-        assert re.fullmatch(r"[+-]?\d+\.\d\d%", text)
-        assert abs(float(text[:-1]) - 100 * change) < 0.0051
-        if text.strip("0.%"):  # a sign
-            assert text[0] == "+-"[change < 0]
-            assert colours[ticker] == ("rgb(192, 38, 26)" if change < 0 else "rgb(8, 81, 156)")
+    check()
+    tab.page.evaluate(WATCH_TOTALS)
+    for sql in (
+        "ALTER TABLE stock_values UPDATE volume = volume + 1 WHERE 1 SETTINGS mutations_sync = 2",
+        "ALTER TABLE stock_values DELETE WHERE ticker = 'FB.N' SETTINGS mutations_sync = 2",
+        "INSERT INTO stock_values SELECT * FROM stock_values WHERE client != 'Moe' LIMIT 2000",
+        "DELETE FROM stock_values WHERE client = 'Homer'",
+        "TRUNCATE TABLE stock_values",
+        "INSERT INTO stock_values SELECT now64(3), ['YY.N', 'FB.N'][number % 2 + 1],"
+        " ['Moe', 'Lisa'][number % 3 % 2 + 1], 2, 3, 1, 2, number % 7, today() FROM numbers(999)",
+    ):
+        database.command(sql)
+        check()
+    server.kill()
+    tab.wait_for("reconnecting")
+    database.command("DELETE FROM stock_values WHERE ticker = 'FB.N' AND client = 'Moe'")
+    start(Server, *options, port=server.port)
+    check()
+    tab.page.wait_for_timeout(500)
+    totals = set(tab.page.evaluate("Object.keys(totals)"))
+    assert len(totals) > 5
+    assert totals <= allowed
+
+
+def test_numbers_that_are_not_finite_leave_no_wrong_sums(database, start, visit):
+    fill(database, 1)
+    database.command("TRUNCATE TABLE stock_values")
+    insert = (
+        "INSERT INTO stock_values SELECT now64(3), 'AAPL.N', 'Moe', 1, {}, 1, 1, 1, today()"
+        " FROM numbers({})"
+    )
+    database.command(insert.format("5", 40))
+    server = start(Server, "--dsn", database.dsn, "--limit", 50)
+    tab = visit(server.url, "waiting")
+    tab.wait_for_cells()
+    tab.restore("newestTicks", group_by=["ticker"], columns=["high", "open"], sort=[])
+
+    def wait_for_sums(high, rows):
+        def sums():
+            return [[row["high"], row["open"]] for row in tab.rows()] == [[high, rows]] * 2
+
+        wait_until(sums, 30, f"{high} as the sum of {rows} rows")
+        assert tab.rows() == tab.fresh_rows("newestTicks")
+
+    wait_for_sums(200, 40)
+    database.command(insert.format("[nan, inf, -inf, 5][number + 1]", 4))
+    wait_for_sums(205, 44)
+    database.command(insert.format("7", 50))  # overwrites them
+    wait_for_sums(350, 50)
+
+
+# ---------------------------------------------------------------------------------------------
+# Many rows, slow lines, heavy pivots.
+
+
+def newest_age(tab):
+    """Seconds since the newest row of the blotter."""
+    now = datetime.datetime.now(datetime.UTC)
+    hour, minute, second = map(float, tab.wait_for_cells()[0][0].split(":"))
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    return ((now - midnight).total_seconds() - 3600 * hour - 60 * minute - second) % 86400
+
+
+def test_the_page_keeps_up_with_100_000_rows_a_second(database, start, visit):
+    making = start(Script, "producer.py", "--dsn", database.dsn, "--rows", 25_000)
+    tab = visit(start(Server, "--dsn", database.dsn).url)
+    ages = []
+    for panel in ("historyTable", "volumeHeatmap") * 4:
+        began = time.monotonic()
+        tab.select(panel)
+        tab.page.wait_for_selector(f"perspective-viewer > [slot={panel}]", state="visible")
+        assert time.monotonic() - began < 3
+        tab.page.wait_for_timeout(1000)
+        ages.append(newest_age(tab))
+    assert sorted(ages)[len(ages) // 2] < 5, ages
+    making.stop()
+    [[expected]] = ask(database, f"SELECT sum(volume) FROM (SELECT volume {WINDOW} 25000)")
+    wait_until(lambda: sum(row["volume"] for row in tab.rows()) == expected, 30, "newest rows")
+
+
+def test_the_page_opens_and_follows_over_a_slow_line(database, start, visit):
+    """1 Mbit/s; the browser build alone takes it half a minute."""
+    fill(database, 25_000)
+    start(Script, "producer.py", "--dsn", database.dsn)
+    port = free_port()
+    with Link(port, bytes_per_second=125_000) as link:
+        server = start(Server, "--dsn", database.dsn, "--allow-origin", link.url, port=port)
+        tab = visit(link.url, None)
+        tab.forgiven = LOST
+        tab.wait_for("live", 90)
+        # What came while the snapshots were on their way is caught up with.
+        wait_until(lambda: newest_age(tab) < 3, 40, "new rows")
+        assert len(tab.sockets) == 1
+        assert "disconnected" not in server.output
+
+
+def test_a_heavy_pivot_slows_nobody_else(database, start, visit):
+    """One page puts timestamp into Split By of the raw ticks, and others miss nothing."""
+    fill(database, 25_000)
+    making = start(Script, "producer.py", "--dsn", database.dsn)
+    server = start(Server, "--dsn", database.dsn)
+    witness = start(Mirror, server.url)
+    tab = visit(server.url)
+    original = tab.workspace()
+    witness.wait_for_rows(25_000)
+    witness.gaps.clear()
+    tab.restore("newestTicks", split_by=["timestamp"])
+    tab.page.wait_for_timeout(8000)
+    gaps = list(witness.gaps)
+    assert len(gaps) > 10 and max(gaps) < 2, gaps
+    making.stop()
+    window = "ORDER BY _block_number DESC, _block_offset DESC LIMIT 25000"
+    wait_until(lambda: witness.rows() == database.rows(window), 30, "all rows")
+
+    # A remembered layout on which the page hangs is not tried a second time.
+    heavy = copy.deepcopy(original)
+    heavy["panels"]["newestTicks"]["split_by"] = ["timestamp", "volume"]
+    tab.store(json.dumps(heavy))
+    tab.page.wait_for_timeout(7000)
+    assert tab.stored("drawing")
+    tab.page.reload()
+    tab.wait_for_notice("The layout that you had was not drawn in time; this is the original one.")
+    tab.wait_for_cells()
+    assert not differences(tab.workspace(), original)
+
+
+# ---------------------------------------------------------------------------------------------
+# Remember and reset.
+
+
+def test_changes_are_remembered_and_reset(site, visit):
+    tab = visit(site.url)
+    original = tab.workspace()
+    assert original["panels"]["newestTicks"]["columns"] == SHOWN
+    tab.change("newestTicks", columns=[name for name in SHOWN if name != "client"])
+    tab.change("candles", filter=[["ticker", "==", "TLT.N"]])
+    wait_until(lambda: len(tab.cells()[0]) == 7, 30, "seven columns")
+    header = tab.page.locator("perspective-viewer-datagrid[slot=newestTicks] th")
+    tab.after(lambda: header.nth(1).click())  # sorts
+    edge = tab.page.locator("perspective-viewer > [slot=candles]").bounding_box()
+    tab.page.mouse.move(edge["x"] - 2, 300)
+    tab.page.mouse.down()
+    tab.page.mouse.move(edge["x"] + 120, 300, steps=5)
+    tab.after(tab.page.mouse.up)
+    tab.after(lambda: tab.select("historyClose"))
+    changed = tab.workspace()
+    assert changed["panels"]["newestTicks"]["sort"] != original["panels"]["newestTicks"]["sort"]
+    assert changed["layout"]["sizes"] != original["layout"]["sizes"]
+
+    tab.page.reload()
+    tab.wait_for("live")
+    wait_until(lambda: len(tab.wait_for_cells()[0]) == 7, 30, "seven columns")
+    assert not differences(tab.workspace(), changed)
+    with tab.page.expect_navigation():
+        tab.page.click("#reset")
+    tab.wait_for("live")
+    wait_until(lambda: len(tab.wait_for_cells()[0]) == 8, 30, "eight columns")
+    assert not differences(tab.workspace(), original)
+
+
+def test_a_stored_layout_that_does_not_fit_gives_way_to_the_original(site, visit):
+    tab = visit(site.url)
+    original = tab.workspace()
+    # Perspective itself complains about panels that were given up.
+    tab.forgiven = 'No panel named "[a-zA-Z]+-retired"'
+    text = json.dumps(original)
+    no_panels = {"panels": {}, "layout": original["layout"] | {"children": []}}
+    stored = {
+        "bad JSON": text[:-1],
+        "unknown column": text.replace('"open"', '"weight"'),
+        "unknown table": text.replace('"stock_values"', '"gone"'),
+        "wrong version": text.replace(f'"version": "{original["version"]}"', '"version": "99"'),
+        "no panels": json.dumps(original | no_panels),
+    }
+    for name, layout in stored.items():
+        assert layout != text
+        tab.store(layout)
+        tab.wait_for_notice("The layout that you had does not fit; this is the original one.")
+        tab.wait_for("live")
+        wait_until(lambda: len(tab.wait_for_cells()[0]) == 8, 30, f"rows after {name}")
+        assert not differences(tab.workspace(), original), name
+
+
+def test_two_tabs_go_their_own_ways(site, visit):
+    one = visit(site.url)
+    other = visit(site.url, beside=one)
+    ways = ((one, "One", "YY.N"), (other, "Other", "FB.N"))
+    for tab, title, ticker in ways:
+        tab.page.bring_to_front()
+        tab.change("candles", title=title, filter=[["ticker", "==", ticker]])
+    for tab, title, ticker in ways:
+        tab.page.bring_to_front()
+        tab.page.reload()
+        tab.wait_for("live")
+        tab.wait_for_other_cells("tickers")
+        candles = tab.workspace()["panels"]["candles"]
+        assert (candles["title"], candles["filter"]) == (title, [["ticker", "==", ticker]])
 
 
 def test_light_and_dark(site, visit):
     tab = visit(site.url, color_scheme="light")
     assert tab.themes() == LIGHT
     tab.page.emulate_media(color_scheme="dark")
-    wait_until(lambda: tab.themes() == DARK, 10, "dark like the system")
+    wait_until(lambda: tab.themes() == DARK, 30, "dark like the system")
     tab.page.click("#theme")
-    wait_until(lambda: tab.themes() == LIGHT, 10, "light as the person wants it")
+    wait_until(lambda: tab.themes() == LIGHT, 30, "light as the person wants it")
     tab.page.emulate_media(color_scheme="light")
     tab.page.emulate_media(color_scheme="dark")
     tab.page.reload()
     tab.wait_for("live")
+    tab.wait_for_cells()
     assert tab.themes() == LIGHT
     tab.page.click("#theme")
-    wait_until(lambda: tab.themes() == DARK, 10, "dark as the person wants it")
-    tab.page.emulate_media(color_scheme="light")
-    tab.page.reload()
-    tab.wait_for("live")
-    assert tab.themes() == DARK
-    for panel in ("candles", "volume"):
+    wait_until(lambda: tab.themes() == DARK, 30, "dark as the person wants it")
+    for panel in ("candles", "volumeHeatmap"):
         tab.wait_for_marks(panel)
 
 
 # ---------------------------------------------------------------------------------------------
-# The status line.
+# From disk, under a path, with another server than before.
 
 
-def test_the_status_line(site, visit):
-    tab = visit(site.url)
-    wait_until(lambda: 500 <= (tab.figure("rate") or 0) <= 2000, 20, "ticks a second")
-    assert tab.text("#state") == "live"
-    assert tab.figure("rows") == LIMIT
-    assert tab.figure("age") < 2000
-    wait_until(lambda: tab.figure("viewers") == 1, 10, "one viewer")
-    other = visit(site.url)
-    wait_until(lambda: tab.figure("viewers") == other.figure("viewers") == 2, 10, "two viewers")
-    other.page.goto("about:blank")
-    wait_until(lambda: tab.figure("viewers") == 1, 10, "one viewer")
-    took = []
-    while not took or (took[-1] >= 2 and len(took) < 3):  # the machine may be busy
-        tab.wait_for("live")
-        with site.paused():
-            took.append(tab.wait_for("waiting"))
-    assert took[-1] < 2, took
-    tab.wait_for("live")
-    with site.paused():
-        tab.wait_for("waiting")
-        assert tab.text("#state") == "waiting for rows"
-        wait_until(lambda: tab.figure("age") > 3000, 10, "a newest tick that grows old")
-        assert tab.cells("ticks")
-    tab.wait_for("live")
-
-
-def test_clickhouse_goes_away(tmp_path, start, visit):
-    with ClickHouseProcess(tmp_path) as clickhouse:
-        server = start(Server, "--dsn", clickhouse.dsn)
-        tab = visit(server.url, None)
-        tab.page.wait_for_selector("#notice:has-text('ClickHouse has no ticks yet')")
-        start(Script, "producer.py", "--dsn", clickhouse.dsn)
-        tab.wait_for("live")
-        wait_until(lambda: tab.cells("ticks"), 10, "rows")
-        tab.forgiven = f"{AWAY}|no history: "
-        clickhouse.kill()
-        tab.wait_for("away")
-        assert tab.text("#state") == "ClickHouse away"
-        rows = tab.figure("rows")
-        assert rows > 1000 and len(tab.columns("ticks")["volume"]) == 1000
-        assert len(tab.cells("ticks")) > 10 and "" not in tab.cells("ticks")[0]
-        clickhouse.start()
-        tab.wait_for("live")
-        wait_until(lambda: tab.figure("rows") > rows, 10, "more rows")
-
-
-# ---------------------------------------------------------------------------------------------
-# It heals, and it remembers.
-
-
-def test_the_server_goes_away_and_comes_back(site, start, visit):
-    """Live within three seconds of the server's return; or, on a machine so busy that loading the
-    page takes that long, within a second more than that."""
-    options = ["--dsn", site.database.dsn, "--limit", LIMIT]
-    server = start(Server, *options)
-    tab = visit(server.url)
-    tab.change("candles", filter=[["ticker", "==", "MSFT.N"]], title="Mine")
-    tab.page.click("#theme")
-    wait_until(lambda: tab.themes() == DARK, 10, "dark")
-    began = time.monotonic()
-    tab.page.reload()
-    tab.wait_for("live")
-    limit = max(3, time.monotonic() - began + 1)
-    tab.forgiven = LOST
-    took = []
-    while not took or (took[-1] >= limit and len(took) < 3):
-        server.kill()
-        tab.wait_for("reconnecting")
-        assert tab.text("#state") == "reconnecting"
-        tab.page.wait_for_selector("#notice:has-text('does not answer. This is the last picture')")
-        assert tab.page.locator("perspective-viewer.frozen").count() == 1
-        assert len(tab.cells("ticks")) > 10
-        server = start(Server, *options, port=server.port)
-        server.health()
-        took.append(tab.wait_for("live"))
-    assert took[-1] < limit, took
-    wait_until(lambda: tab.cells("ticks"), 10, "rows")
-    assert tab.text("#notice") == ""
-    assert tab.themes() == DARK
-    candles = tab.workspace()["panels"]["candles"]
-    assert candles["filter"] == [["ticker", "==", "MSFT.N"]] and candles["title"] == "Mine"
-
-
-SHOWN = ["timestamp", "ticker", "client", "open", "high", "low", "close", "volume"]
-
-
-def test_changes_are_remembered_and_reset(site, visit):
-    tab = visit(site.url)
-    original = tab.workspace()
-    assert original["panels"]["ticks"]["columns"] == SHOWN
-    assert not tab.stored()
-    tab.change("ticks", columns=[name for name in SHOWN if name != "client"])
-    tab.change("candles", filter=[["ticker", "==", "TLT.N"]])
-    before = tab.stored()
-    wait_until(lambda: len(tab.cells("ticks")[0]) == 7, 10, "seven columns")
-    tab.page.locator("perspective-viewer-datagrid[slot=ticks] th").nth(1).click()  # sorts
-    wait_until(lambda: tab.stored() != before, 10, "the order is stored")
-    before = tab.stored()
-    edge = tab.page.locator("perspective-viewer > [slot=candles]").bounding_box()
-    tab.page.mouse.move(edge["x"] - 2, 300)
-    tab.page.mouse.down()
-    tab.page.mouse.move(edge["x"] + 120, 300, steps=5)
-    tab.page.mouse.up()
-    wait_until(lambda: tab.stored() != before, 10, "the divider's place is stored")
-    before = tab.stored()
-    tab.select("closes")
-    wait_until(lambda: tab.stored() != before, 10, "the tab is stored")
-    changed = tab.workspace()
-    assert changed["panels"]["ticks"]["sort"] != original["panels"]["ticks"]["sort"]
-    assert changed["layout"]["sizes"] != original["layout"]["sizes"]
-
-    tab.page.reload()
-    tab.wait_for("live")
-    assert not differences(tab.workspace(), changed)
-    wait_until(lambda: len((tab.cells("ticks") or [[]])[0]) == 7, 10, "seven columns")
-
-    with tab.page.expect_navigation():
-        tab.page.click("#reset")
-    tab.wait_for("live")
-    assert not differences(tab.workspace(), original)
-    wait_until(lambda: len((tab.cells("ticks") or [[]])[0]) == 8, 10, "eight columns")
-
-
-def test_a_stored_layout_that_does_not_fit(site, visit):
-    tab = visit(site.url)
-    original = tab.workspace()
-    # The page says so; and Perspective itself complains about panels that were given up.
-    tab.forgiven = 'the layout is not shown|No panel named "[a-z]+-retired"'
-    text = json.dumps(original)
-    stored = {
-        "bad JSON": text[:-1],
-        "unknown column": text.replace('"open"', '"weight"'),
-        "unknown table": text.replace('"stock_values"', '"gone"'),
-        "wrong version": text.replace(f'"version": "{original["version"]}"', '"version": "99"'),
-        "no panels": json.dumps(
-            original | {"panels": {}, "layout": original["layout"] | {"children": []}}
-        ),
-    }
-    for name, layout in stored.items():
-        assert layout != text
-        tab.store(layout)
-        tab.page.reload()
-        tab.wait_for("live")
-        assert not differences(tab.workspace(), original), name
-        wait_until(lambda: len((tab.cells("ticks") or [[]])[0]) == 8, 10, f"rows after {name}")
-
-
-def test_two_pages_at_once(site, visit):
-    one = visit(site.url)
-    other = visit(site.url, beside=one)
-    one.change("candles", title="One", filter=[["ticker", "==", "YY.N"]])
-    other.change("candles", title="Other", filter=[["ticker", "==", "FB.N"]])
-    one.change("ticks", sort=[["volume", "desc"]])
-    for tab in (one, other):
-        tab.page.reload()
-    for tab, title, ticker in ((one, "One", "YY.N"), (other, "Other", "FB.N")):
-        tab.page.bring_to_front()
-        tab.wait_for("live")
-        candles = tab.workspace()["panels"]["candles"]
-        assert (candles["title"], candles["filter"]) == (title, [["ticker", "==", ticker]])
-        wait_until(lambda tab=tab: tab.cells("ticks"), 10, "rows")
-        before = tab.cells("tickers")
-        wait_until(lambda t=tab, b=before: t.cells("tickers") != b, 10, "rows that move")
-    assert one.workspace()["panels"]["ticks"]["sort"] == [["volume", "desc"]]
-    assert other.workspace()["panels"]["ticks"]["sort"] == [["timestamp", "desc"]]
-
-
-# ---------------------------------------------------------------------------------------------
-# It says what is wrong.
-
-
-def test_opened_from_disk_before_the_server_runs(site, start, visit):
+def test_opened_from_disk_it_goes_over_to_the_server(site, start, visit):
+    """Before the server runs, and after. It needs no leave: the origin null gets none."""
     port = free_port()
     tab = visit(f"{PAGE}?server=localhost:{port}", "connecting")
     tab.forgiven = LOST
-    tab.page.wait_for_selector("#notice:not(:empty)")
-    assert f"No answer from localhost:{port}. Start perspective_server.py" in tab.text("#notice")
-    server = start(Server, "--dsn", site.database.dsn, "--limit", LIMIT, port=port)
+    tab.wait_for_notice(f"No answer from localhost:{port}. Start perspective_server.py")
+    server = start(Server, *site.options, port=port)
     tab.wait_for("live")
-    assert tab.page.url == f"{server.url}/"
-    assert tab.text("#notice") == ""
-    wait_until(lambda: tab.cells("ticks"), 10, "rows")
+    tab.wait_for_cells()
+    assert tab.page.url == f"{server.url}/" and tab.text("#notice") == ""
+    again = visit(f"{PAGE}?server=localhost:{port}")
+    assert again.page.url == f"{server.url}/"
+    for path in ("/healthz", "/", "/perspective/perspective-anywidget.js"):
+        assert "Access-Control-Allow-Origin" not in server.get(path, {"Origin": "null"})[1]
 
 
-def test_opened_from_disk_it_asks_the_usual_port(visit):
-    tab = visit(PAGE, None, route=("http://localhost:8080/**", lambda route: route.abort()))
-    tab.forgiven = LOST
-    tab.page.wait_for_selector("#notice:has-text('No answer from localhost:8080.')")
-
-
-def test_a_bad_server_address(visit):
+def test_opened_from_disk_without_a_server_it_says_so(visit):
     tab = visit("about:blank", None)
+    tab.forgiven = LOST
     for server in ("", "two words", "localhost:99999", "http://localhost:80", "a@b:80", "a:1/b"):
         tab.page.goto(f"{PAGE}?server={quote(server)}")
-        assert tab.text("#notice").startswith(f'"{server}" is no server. Write ?server=host:port')
+        assert tab.text("#notice") == f'Invalid server "{server}". Use ?server=host:port.'
         assert tab.text("#state") == "no server"
+    tab.page.route("http://localhost:8080/**", lambda route: route.abort())
+    tab.page.goto(PAGE)
+    tab.wait_for_notice("No answer from localhost:8080.")
+
+
+def test_under_a_path_behind_a_proxy(site, start, visit):
+    port = free_port()
+    with Link(port, path="/ticks/") as link:
+        start(Server, *site.options, "--allow-origin", link.url, port=port)
+        tab = visit(f"{link.url}/ticks/")
+        tab.wait_for_other_cells()
+        tab.wait_for_marks("candles")
+        urls = [url for url in tab.urls + tab.sockets if urlsplit(url).scheme in ("http", "ws")]
+        assert len(urls) >= 4  # page, style sheet, script, websocket
+        assert {urlsplit(url).path.split("/")[1] for url in urls} == {"ticks"}
+
+
+def test_a_column_more_makes_the_page_load_itself_anew(database, start, visit):
+    start(Script, "producer.py", "--dsn", database.dsn)
+    tab = visit(start(Server, "--dsn", database.dsn).url)
+    tab.forgiven = LOST
+    tab.change("candles", title="Mine")
+    with tab.page.expect_navigation():
+        database.command("ALTER TABLE stock_values ADD COLUMN venue String DEFAULT 'NYSE'")
+    tab.wait_for("live")
+    tab.wait_for_cells()
+    assert tab.workspace()["panels"]["candles"]["title"] == "Mine"
+    tab.change("newestTicks", columns=["ticker", "venue"])
+    wait_until(lambda: tab.wait_for_cells()[0][1:] == ["NYSE"], 30, "the new column")
+
+
+def test_another_version_of_the_page_and_a_full_server(site, start, visit, tmp_path):
+    """The page loads itself anew; and a second one is told that the server takes only one."""
+    server = start(Server, *site.options)
+    tab = visit(server.url)
+    tab.forgiven = LOST
+    server.kill()
+    changes = {
+        "perspective_server.py": ("MAX_VIEWERS = 2000", "MAX_VIEWERS = 1"),
+        "prsp-viewer.html": ("<header>", '<header id="newer">'),
+    }
+    start(ChangedServer, tmp_path, changes, *site.options, port=server.port)
+    tab.page.wait_for_selector("#newer #state.live")
+    other = visit(server.url, "connecting")
+    other.wait_for_notice("the server is full: it takes 1 viewers. This page tries again")
+    tab.page.goto("about:blank")
+    other.wait_for("live")
+    assert other.text("#notice") == ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Browsers that lack something, and everybody's needs.
 
 
 def test_a_browser_without_webassembly(site, visit):
     tab = visit(site.url, None, init="delete window.WebAssembly")
-    assert "This browser has no WebAssembly" in tab.text("#notice")
+    tab.wait_for_notice("This browser has no WebAssembly")
     assert tab.text("#state") == "not supported"
-
-
-def test_charts_come_back_after_the_graphics_process_died(site, visit):
-    tab = visit(site.url)
-    tab.forgiven = "CONTEXT_LOST_WEBGL"
-    tab.change("candles", title="Mine")
-    for panel in ("candles", "volume"):
-        tab.wait_for_marks(panel)
-    # A page that nobody sees waits: a browser with many pages takes one's context for another's.
-    tab.page.evaluate("Object.defineProperty(document, 'hidden', { writable: true, value: true })")
-    with tab.page.expect_console_message(lambda message: "CONTEXT_LOST" in message.text):
-        tab.page.context.browser.new_browser_cdp_session().send("Browser.crashGpuProcess")
-    tab.page.wait_for_timeout(1000)
-    with tab.page.expect_navigation():
-        tab.page.evaluate("document.hidden = false")
-    tab.wait_for("live")
-    for panel in ("candles", "volume"):
-        tab.wait_for_marks(panel)
-    assert tab.workspace()["panels"]["candles"]["title"] == "Mine"
-    assert tab.text("#notice") == ""
 
 
 NO_WEBGL = """
@@ -707,89 +902,25 @@ for (const canvas of [HTMLCanvasElement, OffscreenCanvas]) {
 
 def test_a_browser_without_webgl(site, visit):
     tab = visit(site.url, init=NO_WEBGL)
-    tab.page.wait_for_selector("#notice:has-text('This browser has no WebGL 2')")
-    before = wait_until(lambda: tab.cells("ticks"), 10, "rows")
-    wait_until(lambda: tab.cells("ticks") != before, 10, "rows that move")
+    tab.wait_for_notice("This browser has no WebGL 2")
+    tab.wait_for_other_cells()
 
 
-# ---------------------------------------------------------------------------------------------
-# History.
-
-
-def total(tab):
-    """The number of ticks in the first row of the grid over all rows."""
-    rows = tab.cells("everything")
-    return int(rows[0][1].replace(",", "")) if rows else 0
-
-
-def test_history(site, visit):
+def test_charts_come_back_after_the_graphics_process_died(site, visit):
     tab = visit(site.url)
-    wait_until(lambda: tab.figure("history"), 10, "the rows in all")
-    assert re.fullmatch(r"[\d,]+ rows, \d s ago", tab.text("#history"))
-    for panel in ("volumes", "closes"):
-        tab.select(panel)
-        tab.wait_for_marks(panel, move=False)
-    tab.select("everything")
-    before = wait_until(lambda: total(tab), 10, "rows")
-    assert before > 2 * LIMIT
-    assert tab.cells("everything")[0][0] == "TOTAL"
-    assert tab.cells("everything")[1][1] == "AAPL.N"
-    site.server.wait_for_delivered(site.server.health()["delivered"] + 1)
-    with site.paused():
-        site.settle()
-        [[rows, volume]] = site.ask("SELECT count(), sum(volume) FROM stock_values")
-
-        def refreshed():
-            tab.page.click("#refresh")
-            tab.page.wait_for_timeout(300)
-            return tab.figure("history") == total(tab) == rows > before
-
-        wait_until(refreshed, 10, "all rows in the history")
-        assert tab.cells("everything")[0][-1] == f"{volume:,}"
-        tab.select("volumes")
-
-        def drawn():
-            tab.page.click("#refresh")
-            return sum(tab.columns("volumes")["volume"]) == volume
-
-        wait_until(drawn, 10, "all volume")
-    assert tab.asked.count("refresh") >= 2  # after loading, and at the button
-    wait_until(lambda: tab.cells("ticks"), 10, "live rows beside it")
-
-
-HASTE = r"""
-const now = performance.now.bind(performance);
-performance.now = () => {
-    const caller = new Error().stack.split("\n")[2] ?? "";
-    return now() + (caller.includes("keepHistory") ? 29_000 : 0);
-};
-"""
-
-
-def test_history_goes_on_while_it_is_seen(site, visit):
-    """In a page for which 29 of the 30 seconds are over at once."""
-
-    assert "function keepHistory()" in (ROOT / "prsp-viewer.html").read_text()
-    tab = visit(site.url, init=HASTE)
-    wait_until(lambda: tab.figure("history"), 10, "the rows in all")
-    tab.select("everything")
-    before = wait_until(lambda: total(tab), 10, "rows")
-    wait_until(lambda: total(tab) > before, 10, "newer rows by themselves")
-    tab.select("volume")
-
-    def quiet():
-        tab.asked.clear()
-        tab.page.wait_for_timeout(2500)
-        return tab.asked == []
-
-    wait_until(quiet, 12, "no more questions when what was asked is answered")
-    tab.select("volumes")
-    before = sum(tab.columns("volumes")["volume"])
-    wait_until(lambda: sum(tab.columns("volumes")["volume"]) > before, 10, "a newer chart")
-
-
-# ---------------------------------------------------------------------------------------------
-# For everybody.
+    tab.forgiven = "CONTEXT_LOST_WEBGL"
+    tab.wait_for_marks("candles")
+    # A page that nobody sees waits: a browser with many pages takes one's context for another's.
+    tab.page.evaluate("Object.defineProperty(document, 'hidden', { writable: true, value: true })")
+    with tab.page.expect_console_message(lambda message: "CONTEXT_LOST" in message.text):
+        tab.page.context.browser.new_browser_cdp_session().send("Browser.crashGpuProcess")
+    tab.page.wait_for_timeout(1000)
+    with tab.page.expect_navigation():
+        tab.page.evaluate("document.hidden = false; dispatchEvent(new Event('visibilitychange'))")
+    tab.wait_for("live")
+    for panel in ("candles", "volumeHeatmap"):
+        tab.wait_for_marks(panel)
+    assert tab.text("#notice") == ""
 
 
 def luminance(colour):
@@ -802,20 +933,16 @@ def luminance(colour):
 
 
 def test_everybody_can_use_it(site, visit):
-    tab = visit(site.url, color_scheme="light", reduced_motion="reduce")
+    tab = visit(site.url, color_scheme="light")
     page = tab.page
     assert page.get_attribute("html", "lang") == "en"
-    assert "Perspective" in page.title()
+    assert page.title() == "stock_values: ClickHouse and Perspective"
     assert page.get_by_role("status").text_content() == "live"
     assert page.get_attribute("#notice", "role") == "alert"
-    assert page.evaluate(f"getComputedStyle({VIEWER}).transitionDuration") == "0s"
-    reached = []
-    for _ in range(3):
+    for name in ("theme", "reset"):
         page.keyboard.press("Tab")
-        reached.append(page.evaluate("document.activeElement.id"))
-    assert reached == ["refresh", "theme", "reset"]
-    for button in page.get_by_role("button").all()[:3]:
-        assert button.inner_text()
+        assert page.evaluate("document.activeElement.id") == name
+        assert page.locator(f"#{name}").inner_text()
     for dark in (False, True):
         assert page.evaluate("document.documentElement.classList.contains('dark')") == dark
         colours = """(selector) => [document.body, document.querySelector(selector)].map(
@@ -827,101 +954,6 @@ def test_everybody_can_use_it(site, visit):
         page.keyboard.press("Enter")
     page.set_viewport_size({"width": 420, "height": 760})  # the figures need more than that
     assert page.evaluate("document.querySelector('header').scrollWidth > innerWidth")
-    for name in reached:
+    for name in ("theme", "reset"):
         box = page.locator(f"#{name}").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 420
-
-
-# ---------------------------------------------------------------------------------------------
-# Not a test: the numbers.
-
-WATCH = """
-const first = () => {
-    const grid = document.querySelector("perspective-viewer-datagrid[slot=ticks]");
-    if (grid?.shadowRoot?.querySelector("tbody td")?.textContent) {
-        window.firstRow = performance.now();
-    } else {
-        requestAnimationFrame(first);
-    }
-};
-requestAnimationFrame(first);
-"""
-# When each volume was first seen in the grid, by the clock on the wall.
-SEEN = """
-window.seen = {};
-const look = () => {
-    const grid = document.querySelector("perspective-viewer-datagrid[slot=ticks]");
-    for (const row of grid.shadowRoot.querySelectorAll("tbody tr")) {
-        const volume = row.cells[7]?.textContent.replaceAll(",", "");
-        seen[volume] ??= Date.now();
-    }
-    requestAnimationFrame(look);
-};
-look();
-"""
-
-
-def main():
-    with tempfile.TemporaryDirectory() as path, ClickHouseProcess(path) as clickhouse:
-        fill(clickhouse.dsn, 100_000, 100_000)
-        making = Script("producer.py", "--dsn", clickhouse.dsn)
-        server = Server("--dsn", clickhouse.dsn)
-        try:
-            with launched() as browser:
-                measure(browser, server, clickhouse)
-        finally:
-            server.kill()
-            making.kill()
-
-
-def measure(browser, server, clickhouse):
-    context = browser.new_context(viewport={"width": 1440, "height": 900})
-    tab = Tab(context, WATCH)
-    tab.page.goto(server.url)
-    for name in ("empty cache", "reload"):
-        tab.wait_for("live")
-        first = wait_until(lambda: tab.page.evaluate("window.firstRow"), 10)
-        print(f"time to first rendered row, {name}: {first:.0f} ms", flush=True)
-        if name != "reload":
-            tab.page.reload()
-
-    tab.page.evaluate(SEEN)
-    took = []
-    with contextlib.closing(producer.connect(clickhouse.dsn)) as client:
-        for number in range(50):
-            tab.page.wait_for_timeout(random.uniform(200, 500))  # any moment between two polls
-            volume = 4_000_000_000 + number
-            began = 1000 * time.time()
-            row = f"now64(3) + 2, 'AAPL.N', 'Homer', 190, 190, 190, 190, {volume}, today()"
-            client.command(f"INSERT INTO test.stock_values VALUES ({row})")
-            stored = 1000 * time.time()
-            seen = wait_until(
-                lambda volume=volume: tab.page.evaluate("(volume) => seen[volume]", volume), 10
-            )
-            took.append((seen - began, seen - stored))
-    for name, times in zip(("start", "end"), zip(*took, strict=True), strict=True):
-        print(
-            f"time from the {name} of an insert to the row in the grid, of {len(times)}:"
-            f" median {statistics.median(times):.0f} ms, worst {max(times):.0f} ms",
-            flush=True,
-        )
-
-    tab.page.reload()
-    tab.wait_for("live")
-    tab.page.wait_for_timeout(3000)
-    session = context.new_cdp_session(tab.page)
-    session.send("Performance.enable")
-
-    def task_seconds():
-        metrics = session.send("Performance.getMetrics")["metrics"]
-        return next(each["value"] for each in metrics if each["name"] == "TaskDuration")
-
-    before, began = task_seconds(), time.monotonic()
-    tab.page.wait_for_timeout(10_000)
-    busy = (task_seconds() - before) / (time.monotonic() - began)
-    print(f"main-thread time at the default rate: {1000 * busy:.0f} ms a second")
-    tab.check()
-
-
-if __name__ == "__main__":
-    main()
