@@ -571,9 +571,10 @@ class Rollups:
                 rest_until = began + took / ROLLUP_SHARE
 
     def is_due(self, rollup, now):
+        hosted = f"{self.tail.table}_{rollup.name}" in self.relay.tables
         changed = self.seen.get(rollup.name) != self.tail.revision
         elsewhere = rollup.name == "history" and self.history_source
-        return (changed or elsewhere) and now >= self.due.get(rollup.name, 0)
+        return hosted and (changed or elsewhere) and now >= self.due.get(rollup.name, 0)
 
     def refresh(self, rollup):
         elsewhere = rollup.name == "history" and self.history_source

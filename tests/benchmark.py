@@ -17,7 +17,6 @@ import os
 import platform
 import random
 import re
-import shutil
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import numpy
 import perspective
 import pyarrow
 import pyarrow.compute
+from browser import launched
 from clickhouse_http import ClickHouseProcess
 from conftest import Database, Script, Server, free_port, wait_until
 
@@ -357,7 +357,7 @@ def highest_rate(clickhouse):
             while rate > 100:
                 rate /= 1.3
                 time.sleep(2)  # what is left of the last trial
-                if holds(rate, 20):
+                if holds(rate, 3) and holds(rate, 20):
                     break
         held.append(rate)
     ratio = held[1] / held[0]
@@ -484,20 +484,6 @@ setInterval(() => {
     if (volume !== seen.at(-1)[1]) seen.push([Date.now(), volume]);
 }, 10);
 """
-
-
-@contextlib.contextmanager
-def launched():
-    """This machine's own Chromium, or else the one that Playwright downloads."""
-    from playwright.sync_api import sync_playwright
-
-    flags = "--no-sandbox --use-angle=swiftshader-webgl --enable-unsafe-swiftshader --disable-quic"
-    flags += " --disable-background-networking --disable-component-update --disable-sync"
-    with sync_playwright() as playwright:
-        path = shutil.which("chromium") or shutil.which("google-chrome")
-        browser = playwright.chromium.launch(executable_path=path, args=flags.split())
-        yield browser
-        browser.close()
 
 
 @contextlib.contextmanager

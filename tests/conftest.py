@@ -187,8 +187,8 @@ class Mirror:
 
     `tables` holds {name: {index: {column: value}}}; times are ms since 1970, dates days. `received`
     counts each row of the live table that came in a delta: a row that comes twice counts twice.
-    `snapshots` counts the connections that were complete, `updates` the deltas by table, and
-    `gaps` has the seconds between two deltas of the live table on one connection.
+    `removals` counts its rows that were removed, `snapshots` the connections that were complete,
+    `updates` the deltas by table, and `gaps` has the seconds between two of the live table's.
     """
 
     def __init__(self, url, live="stock_values"):
@@ -260,7 +260,7 @@ class Mirror:
         with self.lock:
             table = self.tables[name]
             if step == "remove":
-                self.removals += len(rows)
+                self.removals += len(rows) * (name == self.live)
                 for row in rows:
                     del table[row[index]]
                 return

@@ -8,7 +8,8 @@ import contextlib
 import io
 import time
 
-from benchmark import launched, running
+from benchmark import running
+from browser import launched
 from conftest import ROOT, Server, wait_until
 from PIL import Image
 

