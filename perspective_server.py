@@ -223,10 +223,12 @@ class Metadata(NamedTuple):
     rows: int  # in all parts
 
 
-# A mutation takes a block number, which becomes the data version of the parts that it rewrote.
+# A mutation takes a block number, which becomes the data version of the parts that it rewrote. Some
+# database engines give tables no UUID.
 METADATA_SQL = """
 SELECT
-    (SELECT (toString(uuid), (metadata_modification_time, metadata_modification_time > now() - 2))
+    (SELECT (if(empty(uuid), toString(metadata_modification_time), toString(uuid)),
+             (metadata_modification_time, metadata_modification_time > now() - 2))
      FROM system.tables WHERE database = {database} AND name = {table}) AS definition,
     maxIf(data_version, data_version != min_block_number AND name NOT LIKE 'patch-%') AS newest,
     (newest, arrayCount(v -> v < newest, groupArray(data_version))) AS mutations,
