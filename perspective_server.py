@@ -240,7 +240,7 @@ FROM system.parts WHERE active AND database = {database} AND table = {table}
 REWRITES_SQL = r"""
 SELECT count() FROM system.mutations
 WHERE database = {database} AND table = {table}
-    AND toUInt64OrZero(extract(mutation_id, '[0-9]+')) BETWEEN {first} AND {last}
+    AND toUInt64OrZero(extract(mutation_id, '[0-9]+')) >= {since}
     AND NOT match(command, '^\\(?(DELETE|UPDATE _row_exists = 0) ')
 """
 
@@ -267,6 +267,10 @@ RATE_SECONDS = 10  # over which rows_per_second is counted
 # Perspective never forgets a text, so the tables are made anew after so many that may be new, of
 # 330 bytes each in the server and in each browser.
 MAX_TEXTS = 1_500_000
+
+
+class TableMissingError(Exception):
+    """There is no such table yet."""
 
 
 class Tail:
@@ -300,7 +304,7 @@ class Tail:
         [(definition, _, *others)] = self.query(METADATA_SQL.format(**self.names))
         if definition is None or definition[0] is None:
             self.query(f"EXISTS TABLE {self.source}")  # raises if the user may not see it
-            raise LookupError
+            raise TableMissingError
         now = Metadata(*definition, *others)
         if now != self.metadata and (self.must_reload(now) or not self.append(now)):
             self.load_window(now)
@@ -335,9 +339,9 @@ class Tail:
         if now.definition != old.definition and self.check_table() != self.hosted:
             return True
         if now.mutations != old.mutations:
-            last = now.mutations[0]
-            first = min(old.mutations[0] + 1, last)
-            [(rewrites,)] = self.query(REWRITES_SQL.format(**self.names, first=first, last=last))
+            newest, pending = old.mutations
+            since = 0 if pending else newest + 1  # older ones may have been done only now
+            [(rewrites,)] = self.query(REWRITES_SQL.format(**self.names, since=since))
             return rewrites > 0
         return self.texts > MAX_TEXTS
 
@@ -442,7 +446,7 @@ class Tail:
         expected = COLUMNS if self.table == TABLE else {}
         columns = producer.check_table(self.client, self.database, self.table, expected)
         if not columns:
-            raise LookupError
+            raise TableMissingError
         return columns
 
     def read_rows(self, after, now, skipped, first, settings=None):
@@ -500,7 +504,7 @@ class Tail:
     def report_failure(self, error):
         if isinstance(error, TableMismatchError):
             self.report("no table", str(error))
-        elif isinstance(error, LookupError) or getattr(error, "code", None) in TABLE_GONE:
+        elif isinstance(error, TableMissingError) or getattr(error, "code", None) in TABLE_GONE:
             hint = ": start producer.py" if self.table == TABLE else ""
             self.report("no table", f"no table {self.database}.{self.table}, waiting for it{hint}")
         else:
@@ -557,6 +561,7 @@ class Rollups:
         self.history_source = history_source  # another table to compute the history from
         self.stop, self.client, self.error = threading.Event(), None, None
         self.seen, self.due = {}, {}  # the tail's revision, and when to run next, by name
+        self.tried = {}  # the table that it last ran for
         self.rows, self.failing = {}, set()
 
     def run(self):
@@ -564,24 +569,30 @@ class Rollups:
         rest_until = 0
         while not self.stop.wait(0.05):
             began = time.monotonic()
-            due = [rollup for rollup in self.tail.rollups if self.is_due(rollup, began)]
-            if due and began >= rest_until:
+            due = [r for r in self.tail.rollups if self.is_due(r, began, rest_until)]
+            if due:
                 rollup = min(due, key=lambda rollup: self.due.get(rollup.name, 0))
                 self.refresh(rollup)
                 took = time.monotonic() - began
                 self.due[rollup.name] = began + max(took, rollup.interval)
                 rest_until = began + took / ROLLUP_SHARE
 
-    def is_due(self, rollup, now):
-        hosted = f"{self.tail.table}_{rollup.name}" in self.relay.tables
+    def table_of(self, rollup):
+        return self.relay.tables.get(f"{self.tail.table}_{rollup.name}")
+
+    def is_due(self, rollup, now, rest_until):
+        table = self.table_of(rollup)
+        if table is not self.tried.get(rollup.name):  # it was just made, and is empty
+            return table is not None
         changed = self.seen.get(rollup.name) != self.tail.revision
         elsewhere = rollup.name == "history" and self.history_source
-        return hosted and (changed or elsewhere) and now >= self.due.get(rollup.name, 0)
+        due = max(rest_until, self.due.get(rollup.name, 0))
+        return table is not None and (changed or elsewhere) and now >= due
 
     def refresh(self, rollup):
         elsewhere = rollup.name == "history" and self.history_source
         sql = rollup_sql(rollup, elsewhere or self.tail.source, block_numbers=not elsewhere)
-        revision = self.tail.revision
+        revision, self.tried[rollup.name] = self.tail.revision, self.table_of(rollup)
         try:
             if self.client is None:
                 self.client = producer.connect(
@@ -606,7 +617,7 @@ class Rollups:
         """Update the rollup's table by what differs from the last run."""
         rows = {row[names.index(rollup.index)]: row for row in rows}
         with self.relay.lock:
-            table = self.relay.tables.get(f"{self.tail.table}_{rollup.name}")
+            table = self.table_of(rollup)
             known, old = self.rows.pop(rollup.name, (None, {}))
             if known is not table:
                 old = {}
