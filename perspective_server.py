@@ -574,7 +574,8 @@ class Rollups:
                 rollup = min(due, key=lambda rollup: self.due.get(rollup.name, 0))
                 self.refresh(rollup)
                 took = time.monotonic() - began
-                self.due[rollup.name] = began + max(took, rollup.interval)
+                empty = not self.rows.get(rollup.name, (None, {}))[1]  # is filled soon
+                self.due[rollup.name] = began + max(took, 1 if empty else rollup.interval)
                 rest_until = began + took / ROLLUP_SHARE
 
     def table_of(self, rollup):
