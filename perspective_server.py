@@ -262,7 +262,7 @@ SETTINGS = {
 }
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # https://arrow.apache.org/docs/format/Columnar.html
 TABLE_GONE = {60, 81, 218}  # ClickHouse's errors for a table or database that was dropped meanwhile
-IDLE_INTERVAL = 5  # seconds between polls while nobody looks
+IDLE_INTERVAL = 5  # seconds between polls while there are no viewers
 RATE_SECONDS = 10  # over which rows_per_second is counted
 # Perspective never forgets a text, so the tables are made anew after so many that may be new, of
 # 330 bytes each in the server and in each browser.
@@ -403,7 +403,7 @@ class Tail:
 
     @property
     def ring(self):
-        """Names of the columns slot and arrival; where the table has one, with a line behind it."""
+        """Names of the columns slot and arrival; underscores follow a name that the table has."""
 
         def free(name):
             return free(f"{name}_") if name in self.columns else name
@@ -794,7 +794,7 @@ class Viewer(WebSocketHandler):
             self.close(1013, f"the server is full: it takes {MAX_VIEWERS} viewers")
             return
         self.relay.viewers.add(self)
-        self.tail.wake.set()  # perhaps nobody was looking
+        self.tail.wake.set()  # it polls rarely while there are no viewers
 
     def on_close(self):
         self.relay.viewers.discard(self)
