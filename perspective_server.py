@@ -553,47 +553,56 @@ ROLLUP_SHARE = 0.1  # of the time, for all of them together
 ROLLUP_TIMEOUT = 120  # seconds
 
 
+class RollupState:
+    """What is known of a rollup's table, from its making on."""
+
+    def __init__(self, rollup, table):
+        self.rollup, self.table = rollup, table
+        self.rows = {}  # by index, as they are in the table
+        self.revision = None  # the tail's, when the rollup last ran
+        self.due = 0  # when it may run next
+
+
 class Rollups:
     """Keeps the rollups' tables equal to what their SQL gives."""
 
     def __init__(self, tail, history_source=None):
         self.tail, self.relay = tail, tail.relay
-        self.history_source = history_source  # another table to compute the history from
+        self.sources = {"history": history_source} if history_source else {}  # other tables
         self.stop, self.client, self.error = threading.Event(), None, None
-        self.seen, self.due = {}, {}  # the tail's revision, and when to run next, by name
-        self.tried = {}  # the table that it last ran for
-        self.rows, self.failing = {}, set()
+        self.states, self.failing = {}, set()
 
     def run(self):
         """Run what is due, one after the other, until `stop` is set."""
         rest_until = 0
         while not self.stop.wait(0.05):
-            began = time.monotonic()
-            due = [r for r in self.tail.rollups if self.is_due(r, began, rest_until)]
+            now = time.monotonic()
+            states = map(self.state_of, self.tail.rollups)
+            due = [state for state in states if self.is_due(state, now, rest_until)]
             if due:
-                rollup = min(due, key=lambda rollup: self.due.get(rollup.name, 0))
-                self.refresh(rollup)
-                took = time.monotonic() - began
-                empty = not self.rows.get(rollup.name, (None, {}))[1]  # is filled soon
-                self.due[rollup.name] = began + max(took, 1 if empty else rollup.interval)
-                rest_until = began + took / ROLLUP_SHARE
+                state = min(due, key=lambda state: state.due)
+                self.refresh(state)
+                took = time.monotonic() - now
+                # A table that is empty yet will have rows soon.
+                state.due = now + max(took, state.rollup.interval if state.rows else 1)
+                rest_until = now + took / ROLLUP_SHARE
 
-    def table_of(self, rollup):
-        return self.relay.tables.get(f"{self.tail.table}_{rollup.name}")
+    def state_of(self, rollup):
+        table = self.relay.tables.get(f"{self.tail.table}_{rollup.name}")
+        if rollup.name not in self.states or self.states[rollup.name].table is not table:
+            self.states[rollup.name] = RollupState(rollup, table)
+        return self.states[rollup.name]
 
-    def is_due(self, rollup, now, rest_until):
-        table = self.table_of(rollup)
-        if table is not self.tried.get(rollup.name):  # it was just made, and is empty
-            return table is not None
-        changed = self.seen.get(rollup.name) != self.tail.revision
-        elsewhere = rollup.name == "history" and self.history_source
-        due = max(rest_until, self.due.get(rollup.name, 0))
-        return table is not None and (changed or elsewhere) and now >= due
+    def is_due(self, state, now, rest_until):
+        changed = state.revision != self.tail.revision or state.rollup.name in self.sources
+        waited = changed and now >= max(state.due, rest_until)
+        return state.table is not None and (waited or state.due == 0)
 
-    def refresh(self, rollup):
-        elsewhere = rollup.name == "history" and self.history_source
+    def refresh(self, state):
+        rollup = state.rollup
+        elsewhere = self.sources.get(rollup.name)
         sql = rollup_sql(rollup, elsewhere or self.tail.source, block_numbers=not elsewhere)
-        revision, self.tried[rollup.name] = self.tail.revision, self.table_of(rollup)
+        revision = self.tail.revision
         try:
             if self.client is None:
                 self.client = producer.connect(
@@ -602,7 +611,7 @@ class Rollups:
                     settings=SETTINGS | {"max_execution_time": ROLLUP_TIMEOUT},
                 )
             result = self.client.query(sql, query_formats={"DateTime64": "int"})
-            self.apply(rollup, result.column_names, result.result_rows)
+            self.apply(state, result.column_names, result.result_rows)
         except Exception as error:
             if self.client:
                 self.client.close()
@@ -611,25 +620,24 @@ class Rollups:
                 self.failing.add(rollup.name)
                 log.warning("rollup %s fails, trying again: %s", rollup.name, explain(error))
         else:
-            self.seen[rollup.name] = revision
+            state.revision = revision
             self.failing.discard(rollup.name)
 
-    def apply(self, rollup, names, rows):
+    def apply(self, state, names, rows):
         """Update the rollup's table by what differs from the last run."""
-        rows = {row[names.index(rollup.index)]: row for row in rows}
+        old, rows = state.rows, {row[names.index(state.rollup.index)]: row for row in rows}
+        state.rows = {}  # if Perspective fails half-way, all rows are to be sent
+        gone = list(old.keys() - rows.keys())
+        changed = [row for key, row in rows.items() if old.get(key) != row]
         with self.relay.lock:
-            table = self.table_of(rollup)
-            known, old = self.rows.pop(rollup.name, (None, {}))
-            if known is not table:
-                old = {}
-            gone = list(old.keys() - rows.keys())
-            changed = [row for key, row in rows.items() if old.get(key) != row]
-            if table and gone:
-                table.remove(gone)
-            if table and changed:
+            if state.table not in self.relay.tables.values():
+                return  # it was made anew meanwhile
+            if gone:
+                state.table.remove(gone)
+            if changed:
                 columns = map(list, zip(*changed, strict=True))
-                table.update(dict(zip(names, columns, strict=True)))
-            self.rows[rollup.name] = table, rows
+                state.table.update(dict(zip(names, columns, strict=True)))
+        state.rows = rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -644,7 +652,7 @@ class Relay:
         self.loop = loop
         self.server = perspective.Server()
         self.client = self.server.new_local_client()
-        self.lock = threading.Lock()  # held while tables are made anew
+        self.lock = threading.Lock()  # held while tables are made
         self.tables, self.views = {}, {}
         self.viewers = set()
         self.snapshots = {}  # futures by table, until its next change
@@ -674,6 +682,10 @@ class Relay:
         view.on_update(lambda _, arrow: self.publish(name, ON_UPDATE, arrow), mode="row")
         view.on_remove(lambda _, arrow: self.publish(name, ON_REMOVE, arrow))
         self.tables[name], self.views[name] = table, view
+
+    def has_table(self, name):
+        with self.lock:  # the engine names a table before it is complete here
+            return name in self.tables
 
     def publish(self, name, kind, arrow):
         """Send a change to all who subscribed; called in the thread that made the change."""
@@ -729,6 +741,7 @@ class Relay:
 FEATURES, HOSTED_TABLES, SCHEMA, SIZE = 3, 4, 7, 8
 MAKE_VIEW, DELETE_VIEW, TO_ARROW, SERVER_ERROR = 6, 11, 16, 50
 ON_UPDATE, CANCEL_UPDATE, ON_REMOVE, CANCEL_REMOVE = 21, 22, 39, 40
+REQUESTS = (3, 4, 6, 7, 8, 11, 16, 21, 22, 39, 40)
 
 MAX_VIEWERS = 2000
 MAX_VIEWS = 20  # of one viewer; the dashboard has five
@@ -750,31 +763,27 @@ def field(number, value):
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
-def fields(message):
-    """Decode a protobuf message of ints and bytes into {number: value}.
+# A request's id and the length of its name: one byte, since a name has less than 128.
+HEAD = re.compile(rb"(?:\x08(?:[\x80-\xff]{1,9}[\x01-\x7f]|[\0-\x7f]))?(?:\x12([\0-\x7f]))?")
 
-    Raises ValueError if it is not just what `field` would encode, each number once.
+
+def split_head(message):
+    """Split a request into (id and name as they came, name, the rest)."""
+    match = HEAD.match(message)
+    end = match.end() + (match[1] or b"\0")[0]
+    return message[:end], message[match.end() : end], message[end:]
+
+
+def split_field(message, numbers):
+    """Split a message of one field, bytes with one of these numbers, into (number, bytes).
+
+    Raises ValueError if it is anything else. More than 127 bytes are not taken.
     """
-
-    def varint():
-        nonlocal rest
-        value = 0
-        for place, byte in enumerate(rest[:10]):
-            rest = rest[1:]
-            value |= (byte & 0x7F) << 7 * place
-            if byte < 0x80:
-                return value
-        raise ValueError("malformed number")
-
-    found, rest = {}, message
-    while rest:
-        tag, value = varint(), varint()
-        if tag & 7 == 2:
-            value, rest = rest[:value], rest[value:]
-        found[tag >> 3] = value
-    if b"".join(field(number, value) for number, value in found.items()) != message:
-        raise ValueError("malformed message")
-    return found
+    for number in numbers:
+        body = message[len(field(number, b"")) :]
+        if message == field(number, body):
+            return number, body
+    raise ValueError("there is no such request")
 
 
 class Viewer(WebSocketHandler):
@@ -804,12 +813,8 @@ class Viewer(WebSocketHandler):
         """Answer a request. The next one is read when this one's answer is on its way."""
         began, head, answer, sent = time.monotonic(), b"", None, None
         try:
-            request = fields(message)
-            message_id, name = request.pop(1, 0), request.pop(2, b"")
-            [(number, body)] = request.items()
-            if not isinstance(message_id, int) or not isinstance(name, bytes):
-                raise ValueError("malformed message")
-            head = field(1, message_id) + field(2, name)
+            head, name, request = split_head(message)
+            number, body = split_field(request, REQUESTS)
             if number in (FEATURES, HOSTED_TABLES, SCHEMA, SIZE) and body == b"":
                 handle = self.session.handle_request
                 await self.relay.loop.run_in_executor(None, handle, message)
@@ -829,7 +834,7 @@ class Viewer(WebSocketHandler):
     async def answer(self, head, name, number, body):
         """Return the answer to a request. Raises PermissionError if it is not on the list."""
         if number == MAKE_VIEW:
-            self.make_view(name.decode(), body)
+            await self.make_view(name.decode(), body)
             return head + field(MAKE_VIEW, body)
         if name not in self.views:
             raise PermissionError("you have no such view")
@@ -851,12 +856,11 @@ class Viewer(WebSocketHandler):
             return head + field(DELETE_VIEW, b"")
         raise PermissionError("there is no such request")
 
-    def make_view(self, table, body):
+    async def make_view(self, table, body):
         """Note a plain view: it has a name and no configuration."""
-        name = fields(body).get(1, b"")
-        plain = isinstance(name, bytes) and body == field(1, name)
-        if not plain or table not in self.relay.tables:
-            raise PermissionError("only plain views of hosted tables are made")
+        _, name = split_field(body, [1])
+        if not await self.relay.loop.run_in_executor(None, self.relay.has_table, table):
+            raise PermissionError("there is no such table")
         if len(self.views) >= MAX_VIEWS:
             raise PermissionError(f"a viewer has at most {MAX_VIEWS} views")
         if any(name in viewer.views for viewer in self.relay.viewers):
