@@ -692,6 +692,25 @@ def test_the_page_opens_and_follows_over_a_slow_line(database, start, visit):
         assert "disconnected" not in server.output
 
 
+def test_a_page_that_falls_behind_starts_over_and_says_so(database, start, visit):
+    """The line becomes too slow for the changes: the page takes a snapshot instead."""
+    fill(database, 25_000)
+    start(Script, "producer.py", "--dsn", database.dsn, "--rows", 2500)
+    port = free_port()
+    with Link(port) as link:
+        start(Server, "--dsn", database.dsn, "--allow-origin", link.url, port=port)
+        tab = visit(link.url)
+        loaded_at, sockets = tab.loaded_at(), len(tab.sockets)
+        link.bytes_per_second = 50_000
+        tab.wait_for("catchingUp", 60)
+        tab.wait_for_notice("Rows come faster than this page can take them. It starts over")
+        link.bytes_per_second = None
+        tab.wait_for("live")
+        wait_until(lambda: newest_age(tab) < 3, 30, "new rows")
+        assert tab.loaded_at() == loaded_at and len(tab.sockets) > sockets
+        assert tab.text("#notice") == ""
+
+
 def test_a_heavy_pivot_slows_nobody_else(database, start, visit):
     """One page puts timestamp into Split By of the raw ticks, and others miss nothing."""
     fill(database, 25_000)
@@ -766,33 +785,36 @@ def test_a_stored_layout_that_does_not_fit_gives_way_to_the_original(site, visit
         assert not differences(tab.workspace(), original), name
 
 
-DIES = "addEventListener('pagehide', (event) => event.stopImmediatePropagation(), true)"
+DIES = "addEventListener('pagehide', (event) => event.stopImmediatePropagation(), true);"
 
 
 def test_a_layout_on_which_the_tab_died_gives_way_to_the_original(site, visit):
     """A layout counts as such when it was begun to be drawn, and not finished in five seconds."""
-    tab = visit(site.url, init=DIES)  # it does not hear that it ends
-    original = tab.workspace()
-    tab.change("candles", title="Mine")
-    tab.page.reload(wait_until="commit")
-    wait_until(lambda: tab.stored("drawing"), 30, "the drawing begins")
-    # A tab at the same moment, as when a browser restores two, does not take it for one that hung.
-    other = visit(site.url, None, beside=tab)
-    tab.page.goto("about:blank")
-    other.wait_for("live")
-    other.wait_for_cells()
-    assert other.workspace()["panels"]["candles"]["title"] == "Mine"
-    wait_until(lambda: not other.stored("drawing"), 30, "it is drawn")
 
-    other.page.add_init_script(DIES)
-    other.page.reload(wait_until="commit")
-    wait_until(lambda: other.stored("drawing"), 30, "the drawing begins")
-    other.page.goto("about:blank")
-    other.page.wait_for_timeout(5000)  # what the page allows
-    other.page.goto(site.url)
-    other.wait_for_notice("The layout that you had was not drawn in time; this is the original")
-    other.wait_for_cells()
-    assert not differences(other.workspace(), original)
+    def die(tab):
+        """End the page while it draws; it does not hear of that. Returns when it began, in ms."""
+        tab.page.reload(wait_until="commit")
+        began = wait_until(lambda: tab.stored("drawing"), 30, "the drawing begins")
+        tab.page.goto("about:blank")
+        return int(began)
+
+    def visit_at(ms):
+        return visit(site.url, None, beside=first, init=f"{DIES} Date.now = () => {ms}")
+
+    first = visit(site.url, init=DIES)
+    original = first.workspace()
+    first.change("candles", title="Mine")
+    began = die(first)
+    # As when a browser restores two tabs: the other one may be drawing the layout just now.
+    soon = visit_at(began + 4900)
+    soon.wait_for_cells()
+    assert soon.workspace()["panels"]["candles"]["title"] == "Mine"
+    wait_until(lambda: not soon.stored("drawing"), 30, "it is drawn")
+
+    late = visit_at(die(soon) + 5100)
+    late.wait_for_notice("The layout that you had was not drawn in time; this is the original one.")
+    late.wait_for_cells()
+    assert not differences(late.workspace(), original)
 
 
 def test_two_tabs_go_their_own_ways(site, visit):
@@ -984,3 +1006,8 @@ def test_everybody_can_use_it(site, visit):
     for name in ("theme", "reset"):
         box = page.locator(f"#{name}").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 420
+    with tab.loaded_anew():
+        page.click("#reset")
+    tab.wait_for_cells("tickers")
+    for panel in ("candles", "tickers"):  # each has the whole width of a phone
+        assert page.locator(f"perspective-viewer > [slot={panel}]").bounding_box()["width"] > 380
