@@ -554,7 +554,7 @@ ROLLUP_TIMEOUT = 120  # seconds
 
 
 class RollupState:
-    """What is known of a rollup's table, from its making on."""
+    """What is known of a rollup's table since it was made."""
 
     def __init__(self, rollup, table):
         self.rollup, self.table = rollup, table
@@ -583,7 +583,7 @@ class Rollups:
                 state = min(due, key=lambda state: state.due)
                 self.refresh(state)
                 took = time.monotonic() - now
-                # A table that is empty yet will have rows soon.
+                # A table that is still empty will have rows soon.
                 state.due = now + max(took, state.rollup.interval if state.rows else 1)
                 rest_until = now + took / ROLLUP_SHARE
 
@@ -684,7 +684,7 @@ class Relay:
         self.tables[name], self.views[name] = table, view
 
     def has_table(self, name):
-        with self.lock:  # the engine names a table before it is complete here
+        with self.lock:  # the engine lists a table before it is in `tables`
             return name in self.tables
 
     def publish(self, name, kind, arrow):
@@ -741,7 +741,9 @@ class Relay:
 FEATURES, HOSTED_TABLES, SCHEMA, SIZE = 3, 4, 7, 8
 MAKE_VIEW, DELETE_VIEW, TO_ARROW, SERVER_ERROR = 6, 11, 16, 50
 ON_UPDATE, CANCEL_UPDATE, ON_REMOVE, CANCEL_REMOVE = 21, 22, 39, 40
-REQUESTS = (3, 4, 6, 7, 8, 11, 16, 21, 22, 39, 40)
+QUESTIONS = (FEATURES, HOSTED_TABLES, SCHEMA, SIZE)  # for the engine
+REQUESTS = (*QUESTIONS, MAKE_VIEW, DELETE_VIEW, TO_ARROW)
+REQUESTS += (ON_UPDATE, CANCEL_UPDATE, ON_REMOVE, CANCEL_REMOVE)
 
 MAX_VIEWERS = 2000
 MAX_VIEWS = 20  # of one viewer; the dashboard has five
@@ -763,7 +765,7 @@ def field(number, value):
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
-# A request's id and the length of its name: one byte, since a name has less than 128.
+# The id of a request, and the length of its name: one byte, as names have fewer than 128.
 HEAD = re.compile(rb"(?:\x08(?:[\x80-\xff]{1,9}[\x01-\x7f]|[\0-\x7f]))?(?:\x12([\0-\x7f]))?")
 
 
@@ -775,9 +777,9 @@ def split_head(message):
 
 
 def split_field(message, numbers):
-    """Split a message of one field, bytes with one of these numbers, into (number, bytes).
+    """Split a message that is one field of bytes into its number and the bytes.
 
-    Raises ValueError if it is anything else. More than 127 bytes are not taken.
+    Raises ValueError if it is not, if the number is another, or if there are more than 127 bytes.
     """
     for number in numbers:
         body = message[len(field(number, b"")) :]
@@ -815,7 +817,7 @@ class Viewer(WebSocketHandler):
         try:
             head, name, request = split_head(message)
             number, body = split_field(request, REQUESTS)
-            if number in (FEATURES, HOSTED_TABLES, SCHEMA, SIZE) and body == b"":
+            if number in QUESTIONS and body == b"":
                 handle = self.session.handle_request
                 await self.relay.loop.run_in_executor(None, handle, message)
             else:
@@ -1115,7 +1117,9 @@ def main(argv=None):
             try:
                 os.makedirs(folder, exist_ok=True)
                 with silenced_stderr():
-                    cleanup.enter_context(contextlib.closing(producer.connect(dsn)))
+                    client = cleanup.enter_context(contextlib.closing(producer.connect(dsn)))
+                with contextlib.suppress(TableMismatchError):  # the producer reports it
+                    producer.create_table(client, producer.split_dsn(dsn)[1])
             except ImportError:
                 return fail("--embedded needs chdb: pip install 'clickhouse-connect[chdb]'")
             except OSError as error:

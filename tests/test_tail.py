@@ -10,9 +10,10 @@ import itertools
 import signal
 import time
 
+import pyarrow
 import pytest
 from clickhouse_http import ClickHouseProcess
-from conftest import Database, Mirror, Script, Server, free_port, wait_until
+from conftest import Connection, Database, Mirror, Script, Server, free_port, wait_until
 from proxy import Proxy
 
 import producer
@@ -503,6 +504,19 @@ def test_started_before_clickhouse_the_database_and_the_table(fragile, start):
     agree(database, [mirror])
     wait_for_state(server, "up")
     assert server.output.count("away") == server.output.count("no table") == 1
+
+
+def test_a_viewer_who_comes_while_the_table_is_made(table, start):
+    """It mirrors the table as soon as Perspective lists it."""
+    insert(table, 400_000)  # so that there is time for that
+    server = start(Server, "--dsn", table.dsn, "--limit", 400_000)
+    with Connection(server.url) as viewer:
+        deadline = time.monotonic() + 30
+        while "stock_values" not in viewer.run(viewer.client.get_hosted_table_names()):
+            assert time.monotonic() < deadline, server.output
+        view = viewer.run(viewer.table().view())
+        rows = pyarrow.ipc.open_stream(viewer.run(view.to_arrow())).read_all()
+    assert rows.num_rows == 400_000
 
 
 def test_clickhouse_the_server_and_a_producer_are_killed(fragile, start):
