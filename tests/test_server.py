@@ -538,19 +538,34 @@ def test_embedded_keeps_every_row_even_when_killed(start, tmp_path):
         assert rows <= own_database(process).rows()
 
 
-def test_viewers_of_two_servers_agree(table, start):
+def test_viewers_of_two_servers_behind_a_proxy_agree(table, start):
+    """The proxy spreads viewers over the servers; those of one that ends go to the other."""
     servers = [start(Server, "--dsn", table.dsn, "--limit", 2000) for _ in range(2)]
-    mirrors = [start(Mirror, server.url) for server in servers for _ in range(2)]
-    wait_until(lambda: all(mirror.snapshots for mirror in mirrors), 20)
-    batches = ["--batches", 10, "--rows", 500, "--interval", 0.1]
-    assert start(Script, "producer.py", "--dsn", table.dsn, *batches).wait() == 0
-    newest = table.rows("ORDER BY _block_number DESC, _block_offset DESC LIMIT 2000")
-    assert newest.total() == 2000
-    wait_until(lambda: all(mirror.rows() == newest for mirror in mirrors), 20)
-    for name in ("stock_values_tickers", "stock_values_candles"):
+    mirrors = []
 
-        def agree(name=name):
-            first, *others = [mirror.table(name) for mirror in mirrors]
-            return len(first) >= 13 and all(other == first for other in others)
+    def produce():
+        batches = ["--batches", 10, "--rows", 500, "--interval", 0.1]
+        assert start(Script, "producer.py", "--dsn", table.dsn, *batches).wait() == 0
+        newest = table.rows("ORDER BY _block_number DESC, _block_offset DESC LIMIT 2000")
+        assert newest.total() == 2000
+        wait_until(lambda: all(mirror.rows() == newest for mirror in mirrors), 20)
+        for name in ("stock_values_tickers", "stock_values_candles"):
 
-        wait_until(agree, 20)
+            def agree(name=name):
+                first, *others = [mirror.table(name) for mirror in mirrors]
+                return len(first) >= 13 and all(other == first for other in others)
+
+            wait_until(agree, 20)
+
+    with Proxy(servers[0].port) as proxy, contextlib.ExitStack() as viewers:
+        for server in servers * 2:
+            proxy.target_port = server.port
+            mirror = contextlib.closing(Mirror(f"http://localhost:{proxy.port}"))
+            mirrors.append(viewers.enter_context(mirror))
+            wait_until(lambda: mirrors[-1].snapshots, 20)
+        assert [server.health()["viewers"] for server in servers] == [2, 2]
+        produce()
+        servers[1].kill()
+        proxy.target_port = servers[0].port
+        wait_until(lambda: servers[0].health()["viewers"] == 4, 20)
+        produce()
