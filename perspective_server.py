@@ -395,6 +395,7 @@ class Tail:
             except Exception as error:
                 log.warning("no rollup %s: %s", rollup.name, explain(error))
         self.relay.host(tables | {self.table: (rows, self.ring[0])})
+        self.relay.publish_status(self)
 
     @property
     def rollups(self):
@@ -673,8 +674,8 @@ class Relay:
             for name, (rows, index) in tables.items():
                 self.add_table(name, rows, index)
         if outdated:
-            self.remade += 1
             self.loop.call_soon_threadsafe(self.disconnect_viewers)
+            self.remade += 1
 
     def add_table(self, name, rows, index):
         table = self.client.table(rows, name=name, index=index)
@@ -716,15 +717,15 @@ class Relay:
         """Host the table with what /healthz says, the table's columns, the version and the time."""
         self.status_name = f"{tail.table}_status"
         page = hashlib.sha256(PAGE.read_bytes()).hexdigest()[:8]
-        self.version = f"Perspective {perspective.__version__}, page {page}, tables"
-        types = dict.fromkeys([*tail.health(), "time"], "float")
+        self.version = f"Perspective {perspective.__version__}, page {page}"
+        types = dict.fromkeys([*tail.health(), "time", "remade"], "float")
         types |= dict.fromkeys(("clickhouse", "table", "columns", "version"), "string")
         self.add_table(self.status_name, types, "table")
         self.publish_status(tail)
 
     def publish_status(self, tail):
         columns = json.dumps([*map(shown_name, tail.columns), *tail.ring])
-        more = {"columns": columns, "version": f"{self.version} {self.remade}"}
+        more = {"columns": columns, "version": self.version, "remade": self.remade}
         status = tail.health() | more | {"time": round(time.time() * 1000)}
         self.tables[self.status_name].update([status])
 

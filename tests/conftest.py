@@ -20,7 +20,6 @@ import clickhouse_connect
 import perspective
 import pyarrow
 import pytest
-from browser import launched
 from clickhouse_http import ClickHouseProcess
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import WebSocketClosedError, websocket_connect
@@ -395,8 +394,40 @@ def start():
 
 @pytest.fixture(scope="module")
 def browser():
+    from browser import launched  # here, as that module imports this one
+
     with launched() as browser:
         if browser is None:
             end = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
             end("no Chromium: install it, or run `playwright install chromium`")
         yield browser
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens pages: visit(url, state, ...). After the test, none of them has complained."""
+    from browser import Tab
+
+    contexts, tabs = [], []
+
+    def open_tab(url, state="live", beside=None, init=None, width=1200, **options):
+        """A tab in a browser profile of its own, or in that of the tab `beside` it."""
+        if beside is None:
+            size = {"width": width, "height": 760}
+            contexts.append(browser.new_context(viewport=size, **options))
+        tab = Tab(beside.page.context if beside else contexts[-1], init)
+        tabs.append(tab)
+        tab.page.goto(url)
+        if state:
+            tab.wait_for(state)
+        if state == "live":
+            tab.wait_for_cells()
+        return tab
+
+    yield open_tab
+    for tab in tabs:
+        tab.page.goto("about:blank")  # so that no page that is closed loses its graphics first
+    for context in contexts:
+        context.close()
+    for tab in tabs:
+        tab.check()

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-from browser import coloured
 from conftest import ROOT, Mirror, Script, Server, wait_until
 
 README = (ROOT / "README.md").read_text()
@@ -95,7 +94,7 @@ def test_statements_for_tables_that_exist(database):
         assert "TTL" in client.command(f"SHOW CREATE TABLE {database.name}.stock_values")
 
 
-def test_a_dashboard_of_ones_own(database, start, browser, tmp_path):
+def test_a_dashboard_of_ones_own(database, start, visit, tmp_path):
     """From CREATE TABLE to the picture, with the edits that the README gives."""
     with contextlib.closing(database.connect()) as client:
         client.command(f"CREATE DATABASE {database.name}")
@@ -123,7 +122,9 @@ def test_a_dashboard_of_ones_own(database, start, browser, tmp_path):
         )
     wait_until(lambda: len(mirror.table("temperatures_minutes")) == expected, 20)
     mirror.wait_for_rows(60)
-    draws_marks(browser, server.url)
+    tab = visit(server.url, None)
+    tab.page.wait_for_selector("perspective-viewer:not(.empty)")
+    tab.wait_for_marks("minutes")
 
 
 def replace(path, code, begin, end):
@@ -131,13 +132,3 @@ def replace(path, code, begin, end):
     text = path.read_text()
     at = text.index(begin)
     path.write_text(text[:at] + code + text[text.index(end, at) + len(end) - 1 :])
-
-
-def draws_marks(browser, url):
-    """Open the page, and wait until its one chart shows lines."""
-    page = browser.new_page()
-    page.goto(url)
-    chart = page.locator("perspective-viewer > [slot=minutes]")
-    wait_until(chart.count, 30, "the panel")
-    wait_until(lambda: coloured(chart.screenshot()) > 50, 20, "lines in the chart")
-    page.close()

@@ -10,10 +10,9 @@ import time
 from urllib.parse import quote, urlsplit
 
 import pytest
-from browser import coloured
+from browser import VIEWER, differences
 from clickhouse_http import ClickHouseProcess
 from conftest import ROOT, Database, Mirror, Script, Server, free_port, wait_until
-from playwright.sync_api import Error
 from proxy import Proxy
 
 import producer
@@ -32,199 +31,11 @@ SHOWN = [
 CHARTS = ["candles", "volumeHeatmap", "historyVolume", "historyClose"]
 GRIDS = ["tickers", "newestTicks", "historyTable"]
 PAGE = (ROOT / "prsp-viewer.html").as_uri()
-VIEWER = "document.querySelector('perspective-viewer')"
 LOST = "net::ERR_|WebSocket connection to|status of 503"  # Chromium's words, a server is away
-
-
-class Tab:
-    """A page in the browser, and what was heard of it."""
-
-    def __init__(self, context, init=None):
-        self.page = context.new_page()
-        self.page.set_default_timeout(30_000)
-        self.complaints, self.urls, self.sockets = [], [], []
-        self.forgiven = None  # a pattern of complaints that the test provokes
-        self.page.on("console", self._console)
-        self.page.on("pageerror", lambda error: self.complaints.append(f"page error: {error}"))
-        self.page.on("request", lambda request: self.urls.append(request.url))
-        self.page.on("websocket", lambda socket: self.sockets.append(socket.url))
-        if init:
-            self.page.add_init_script(init)
-
-    def _console(self, message):
-        if message.type in ("error", "warning"):
-            self.complaints.append(f"{message.type}: {message.text}")
-
-    def check(self):
-        """Nothing in the console, and no other host was asked for anything."""
-        pattern = self.forgiven or "$^"
-        assert [text for text in self.complaints if not re.search(pattern, text)] == []
-        urls = map(urlsplit, self.urls + self.sockets)
-        hosts = {url.hostname for url in urls if url.scheme not in ("data", "blob", "file")}
-        assert hosts <= {"localhost", "127.0.0.1"}
-
-    def wait_for(self, state, seconds=30):
-        """Wait until the status line says so."""
-        self.page.wait_for_selector(f"#state.{state}", timeout=1000 * seconds)
-
-    def wait_for_notice(self, text):
-        self.page.wait_for_selector(f'#notice:has-text("{text}")')
-
-    def text(self, selector):
-        return self.page.text_content(selector)
-
-    def figure(self, name):
-        """A number of the status line, None if there is none."""
-        text = self.text(f"#{name}").replace(",", "")
-        return int(text) if text.isdigit() else None
-
-    def cells(self, panel="newestTicks"):
-        """The rows of a grid as they are on the screen: lists of texts."""
-        return self.page.evaluate(
-            """(panel) => {
-                const grid = document.querySelector(`perspective-viewer-datagrid[slot=${panel}]`);
-                return [...grid?.shadowRoot.querySelectorAll("tbody tr") ?? []].map(
-                    (row) => [...row.cells].map((cell) => cell.textContent));
-            }""",
-            panel,
-        )
-
-    def wait_for_cells(self, panel="newestTicks"):
-        """Wait until the dashboard is there and a grid has rows."""
-        self.page.wait_for_selector("perspective-viewer:not(.empty)")
-        return wait_until(lambda: self.cells(panel), 30, f"rows in {panel}")
-
-    def wait_for_other_cells(self, panel="newestTicks", before=None):
-        before = before or self.wait_for_cells(panel)
-        wait_until(lambda: self.cells(panel) != before, 30, f"other rows in {panel}")
-
-    def picture(self, panel):
-        """A chart as PNG."""
-        return self.page.locator(f"perspective-viewer > [slot={panel}]").screenshot()
-
-    def wait_for_marks(self, panel, other_than=None):
-        """Wait until a chart shows more colour than its legend has. Returns the picture."""
-        least = {"candles": 500, "volumeHeatmap": 5000}.get(panel, 50)
-
-        def marks():
-            picture = self.picture(panel)
-            return picture != other_than and coloured(picture) > least and picture
-
-        return wait_until(marks, 30, f"marks in {panel}")
-
-    def rows(self, panel="newestTicks"):
-        """All that a panel's view holds, as a list of {column: value}."""
-        return self.page.evaluate(
-            f"async (panel) => (await {VIEWER}.getView({{ panel }})).to_json()", panel
-        )
-
-    def fresh_rows(self, panel):
-        """What a new view, made as the panel's is, holds."""
-        return self.page.evaluate(
-            f"""async (panel) => {{
-                const table = await {VIEWER}.getTable({{ panel }});
-                const kept = await {VIEWER}.getView({{ panel }});
-                const view = await table.view(await kept.get_config());
-                const rows = await view.to_json();
-                await view.delete();
-                return rows;
-            }}""",
-            panel,
-        )
-
-    def workspace(self):
-        return self.page.evaluate(f"{VIEWER}.saveWorkspace()")
-
-    def restore(self, panel, **config):
-        """Change a panel as its settings do, without waiting for the result."""
-        script = f"([config, panel]) => {{ {VIEWER}.restore(config, {{ panel }}) }}"
-        self.page.evaluate(script, [config, panel])
-
-    def change(self, panel, **config):
-        self.after(lambda: self.restore(panel, **config))
-
-    def after(self, gesture):
-        """Change something, and wait until the page has stored that."""
-        before = self.stored()
-        gesture()
-        wait_until(lambda: self.stored() != before, 30, "the change is stored")
-
-    def stored(self, name="layout"):
-        return self.page.evaluate(
-            "(name) => Object.entries(sessionStorage).find(([key]) => key.endsWith(name))?.[1]",
-            f" {name}",
-        )
-
-    def store(self, layout):
-        """Put something in the place of the stored layout, and load the page anew."""
-        self.page.evaluate(
-            """(layout) => {
-                for (const place of [sessionStorage, localStorage]) {
-                    const key = Object.keys(place).find((key) => key.endsWith(" layout"));
-                    place.setItem(key, layout);
-                }
-            }""",
-            layout,
-        )
-        self.page.reload()
-
-    def select(self, panel):
-        """Bring a panel to the front, by a click at its tab."""
-        self.page.click(f"perspective-viewer-tab[slot=tab-{panel}]")
-
-    def themes(self):
-        """What is dark: the document, its background, the themes of the panels."""
-        background = self.page.evaluate("getComputedStyle(document.body).backgroundColor")
-        dark = self.page.evaluate("document.documentElement.classList.contains('dark')")
-        return dark, background, {panel["theme"] for panel in self.workspace()["panels"].values()}
-
-    @contextlib.contextmanager
-    def loaded_anew(self):
-        """What is done here makes the page load itself anew, once or several times."""
-        before = self.loaded_at()
-        yield
-
-        def is_another():
-            with contextlib.suppress(Error):  # it is between two pages
-                return self.loaded_at() != before
-
-        wait_until(is_another, 30, "the page loads itself anew")
-
-    def loaded_at(self):
-        """Another number after each loading of the page."""
-        return self.page.evaluate("performance.timeOrigin")
 
 
 LIGHT = (False, "rgb(255, 255, 255)", {"Pro Light"})
 DARK = (True, "rgb(36, 37, 38)", {"Pro Dark"})
-
-
-@pytest.fixture
-def visit(browser):
-    """Opens pages: visit(url, state, ...). After the test, none of them has complained."""
-    contexts, tabs = [], []
-
-    def open_tab(url, state="live", beside=None, init=None, **options):
-        """A tab in a browser profile of its own, or in that of the tab `beside` it."""
-        if beside is None:
-            size = {"width": 1200, "height": 760}
-            contexts.append(browser.new_context(viewport=size, **options))
-        tab = Tab(beside.page.context if beside else contexts[-1], init)
-        tabs.append(tab)
-        tab.page.goto(url)
-        if state:
-            tab.wait_for(state)
-        if state == "live":
-            tab.wait_for_cells()
-        return tab
-
-    yield open_tab
-    for tab in tabs:
-        tab.page.goto("about:blank")  # so that no page that is closed loses its graphics first
-    for context in contexts:
-        context.close()
-    for tab in tabs:
-        tab.check()
 
 
 class Site:
@@ -322,15 +133,6 @@ def ask(database, sql):
     with contextlib.closing(database.connect()) as client:
         table = f"{database.name}.stock_values"
         return [list(row) for row in client.query(sql.replace("stock_values", table)).result_rows]
-
-
-def differences(one, other, path=""):
-    """Where two workspaces differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        keys = sorted({*one, *other})
-        found = (differences(one.get(key), other.get(key), f"{path}.{key}") for key in keys)
-        return [difference for differences in found for difference in differences]
-    return [] if one == other else [(path, one, other)]
 
 
 # ---------------------------------------------------------------------------------------------
