@@ -8,9 +8,9 @@ is a process, a test can kill it with SIGKILL and start it again on the same pat
 
 Tests use the class ClickHouseProcess at the end of this file.
 
-Each request gets an engine connection of its own, which costs 0.2 ms. This is what keeps the
-settings of one query from leaking into the next, and what lets queries run side by side. The price
-is that a session remembers nothing: SET and temporary tables end with their request.
+Each request gets an engine connection of its own, which costs 0.2 ms. This keeps the settings of
+one query from leaking into the next, and lets queries run side by side. There are no sessions and
+no compression: the scripts ask for neither.
 """
 
 import argparse
@@ -22,45 +22,22 @@ import signal
 import subprocess
 import sys
 import tempfile
-import uuid
-import zlib
 from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 from xml.sax.saxutils import escape
 
-import lz4.frame
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamClosedError
 from tornado.netutil import bind_sockets
 from tornado.web import Application, RequestHandler
 
-try:
-    from compression import zstd  # Python 3.14 has it
-except ImportError:
-    from backports import zstd
-
-# fmt: off
 # URL parameters that speak to the HTTP interface; every other one is a setting of the engine.
-NOT_SETTINGS = {
-    "buffer_size", "client_protocol_version", "close_session", "compress", "database", "decompress",
-    "default_format", "password", "query", "query_id", "quota_key", "role", "session_check",
-    "session_id", "session_timeout", "stacktrace", "user", "wait_end_of_query",
-}
-
-# The HTTP status that ClickHouse gives to an error code, where it is not 500.
-STATUS = {
-    400: (6, 8, 15, 25, 26, 27, 36, 37, 38, 41, 44, 53, 62, 72, 117, 123, 167, 168, 223, 321, 376,
-          427, 441, 675, 676),
-    403: (192, 193, 497, 512, 516),
-    404: (46, 47, 50, 56, 60, 63, 73, 78, 81, 115, 152, 336, 511),
-    408: (159,),
-    501: (48,),
-    503: (76, 209, 439),
-}
-# fmt: on
-STATUS_OF = {code: status for status, codes in STATUS.items() for code in codes}
+NOT_SETTINGS = re.compile(
+    "buffer_size|client_protocol_version|(de)?compress|database|default_format|query|query_id|role"
+    "|session_id|session_timeout|wait_end_of_query"
+)
 
 # `INSERT INTO table (columns) SETTINGS ... FORMAT name`, after which the body is data, not SQL.
 INSERT = re.compile(
@@ -72,11 +49,6 @@ INSERT = re.compile(
 QUOTED = re.compile(
     r"'(?:[^'\\]|\\.)*'|`(?:[^`\\]|\\.)*`|\"(?:[^\"\\]|\\.)*\"|--[^\n]*|/\*.*?\*/", re.DOTALL
 )
-READS = re.compile(r"\s*\(*\s*(SELECT|WITH|SHOW|DESC|DESCRIBE|EXISTS|EXPLAIN)\b", re.IGNORECASE)
-
-# The engine has no setting for a query id. This one is text, and without effect here (it belongs
-# to engines for message queues): it carries our mark, by which a running query is found again.
-MARK = "stream_like_engine_insert_queue"
 
 
 class Failure(Exception):
@@ -100,42 +72,6 @@ def failure_from(error):
 def literal(text):
     """Write a text as a string of SQL."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def decompress(encoding, body):
-    """Undo Content-Encoding; clickhouse-connect sends one compressed frame after the other."""
-    start = {
-        "lz4": lz4.frame.LZ4FrameDecompressor,
-        "zstd": zstd.ZstdDecompressor,
-        "gzip": lambda: zlib.decompressobj(31),
-    }.get(encoding)
-    if start is None:
-        raise Failure(48, f"Unknown compression method: {encoding}. (NOT_IMPLEMENTED)")
-    parts = []
-    while body:
-        frame = start()
-        parts.append(frame.decompress(body))
-        if not frame.eof:
-            raise Failure(
-                33, "Cannot read all data: compressed body is cut. (CANNOT_READ_ALL_DATA)"
-            )
-        body = frame.unused_data
-    return b"".join(parts)
-
-
-def summary(read_rows, read_bytes, written_rows, written_bytes, seconds):
-    """The statistics of a query as ClickHouse tells them in a header: all numbers are strings."""
-    numbers = {
-        "read_rows": read_rows,
-        "read_bytes": read_bytes,
-        "written_rows": written_rows,
-        "written_bytes": written_bytes,
-        "total_rows_to_read": 0,
-        "result_rows": written_rows,
-        "result_bytes": written_bytes,
-        "elapsed_ns": int(seconds * 1e9),
-    }
-    return {name: str(number) for name, number in numbers.items()}
 
 
 # --- The engine -----------------------------------------------------------------------------------
@@ -178,13 +114,13 @@ class Engine:
         config.write_text(f"<clickhouse><users_config>{users_config}</users_config></clickhouse>")
         return config
 
-    def run(self, user, mark, database, settings, sql, data, output_format, params):
-        """Run one statement, in a worker thread; return the result's bytes and the statistics."""
+    def run(self, user, database, settings, sql, data, output_format):
+        """Run one statement, in a worker thread; returns the result's bytes."""
         connection = self._connect(self._path)
         try:
             connection.query(f"SET ROLE `{user}`")
-            # The second and third of these are what chDB sets otherwise than a server does.
-            own = {MARK: mark, "implicit_select": 0, "allow_introspection_functions": 0}
+            # What chDB sets otherwise than a server does.
+            own = {"implicit_select": 0, "allow_introspection_functions": 0}
             for group in (own | self.users[user]["settings"], settings):
                 if group:
                     pairs = (f"{name} = {literal(str(value))}" for name, value in group.items())
@@ -201,12 +137,7 @@ class Engine:
                     source = f" FROM INFILE '{file.name}' "
                     sql = re.sub(r"(?=SETTINGS\s|$)", source, sql, count=1)
                     sql = f"{sql} FORMAT {output_format}"
-                result = connection.query(sql, output_format, params=params)
-                return result.bytes(), summary(
-                    *(result.rows_read(), result.bytes_read()),
-                    *(result.rows_written(), result.bytes_written()),
-                    result.elapsed(),
-                )
+                return connection.query(sql, output_format).bytes()
         except Exception as error:
             failure = failure_from(error)
             # For the engine, whoever asks is its user `default`.
@@ -215,13 +146,9 @@ class Engine:
         finally:
             connection.close()
 
-    def cancel(self, condition="1"):
-        """Kill the running queries that fulfil a condition on system.processes."""
-        connection = self._connect(self._path)
-        connection.query(f"KILL QUERY WHERE {condition} ASYNC")
-        connection.close()
-
     def close(self):
+        """Kill what runs, and end the engine."""
+        self._keep.query("KILL QUERY WHERE 1 ASYNC")
         self._keep.close()
 
 
@@ -238,57 +165,33 @@ class PingHandler(RequestHandler):
 class QueryHandler(RequestHandler):
     """One statement in, one result out, or an error in ClickHouse's own form."""
 
-    def initialize(self, engine, workers, sessions):
-        self.engine, self.workers, self.sessions = engine, workers, sessions
-        self.cancelled_with_client = False
+    def initialize(self, engine, workers):
+        self.engine, self.workers = engine, workers
 
     def prepare(self):
-        self.mark = str(uuid.uuid4())
-        arguments = dict(self.request.query_arguments)
-        # clickhouse-connect sends long parameters as fields of a form, which are worth the same.
-        # Any other body is SQL or data, even where curl claims that it is a form.
-        self.is_form = self.request.headers.get("Content-Type", "").startswith("multipart/")
-        if self.is_form:
-            arguments |= self.request.body_arguments
+        arguments = self.request.query_arguments
         self.urlparams = {name: values[-1].decode() for name, values in arguments.items()}
-        self.set_header("X-ClickHouse-Query-Id", self.urlparams.get("query_id") or self.mark)
-        self.set_header("X-ClickHouse-Server-Display-Name", "localhost")
         self.set_header("X-ClickHouse-Timezone", self.engine.timezone)
 
     async def get(self):
-        if "query" not in self.urlparams:
-            self.finish("Ok.\n")
-        else:
-            await self.answer()
+        await self.post()
 
     async def post(self):
-        await self.answer()
-
-    async def answer(self):
-        session = None
         try:
-            user = self.authenticate()
-            session = self.take_session(user)
-            await self.run(user)
+            await self.answer(self.authenticate())
         except Failure as failure:
-            self.set_status(STATUS_OF.get(failure.code, 500))
+            self.set_status(500)
             self.set_header("Content-Type", "text/plain; charset=UTF-8")
             self.set_header("X-ClickHouse-Exception-Code", failure.code)
             version = self.engine.version
             self.finish(f"Code: {failure.code}. DB::Exception: {failure} (version {version})\n")
         except StreamClosedError:
             pass  # the client is gone, and nobody is left to be told
-        finally:
-            self.sessions.discard(session)
 
     def authenticate(self):
-        """Find the user; name and password come in any of the three ways that ClickHouse knows."""
-        headers = self.request.headers
-        if headers.get("Authorization", "").startswith("Basic "):
-            user, _, password = b64decode(headers["Authorization"][6:]).decode().partition(":")
-        else:
-            user = headers.get("X-ClickHouse-User") or self.urlparams.get("user") or "default"
-            password = headers.get("X-ClickHouse-Key") or self.urlparams.get("password") or ""
+        """Return the user's name."""
+        login = self.request.headers.get("Authorization", "").removeprefix("Basic ")
+        user, _, password = b64decode(login).decode().partition(":")
         if self.engine.users.get(user, {}).get("password") != password:
             raise Failure(
                 516,
@@ -297,23 +200,9 @@ class QueryHandler(RequestHandler):
             )
         return user
 
-    def take_session(self, user):
-        """Enter the session that the client names, if any; it serves one query at a time."""
-        name = self.urlparams.get("session_id")
-        if (user, name) in self.sessions:
-            raise Failure(
-                373, f"Session {name} is locked by a concurrent client. (SESSION_IS_LOCKED)"
-            )
-        if name:
-            self.sessions.add((user, name))
-        return user, name
-
     def statement(self):
         """Split the request into SQL, the data that follows an INSERT (or None), and its format."""
-        body = b"" if self.is_form else self.request.body
-        encoding = self.request.headers.get("Content-Encoding")
-        if body and encoding:
-            body = decompress(encoding, body)
+        body = self.request.body
         # ClickHouse reads the query parameter and the body as one text.
         query = self.urlparams.get("query", "").encode()
         body = query + b"\n" + body if query and body else query + body
@@ -322,7 +211,7 @@ class QueryHandler(RequestHandler):
             return insert[1].decode(), body[insert.end() :], insert[2].decode()
         return body.decode(errors="replace"), None, None
 
-    async def run(self, user):
+    async def answer(self, user):
         """Have the engine run the statement, and send its result."""
         sql, data, output_format = self.statement()
         bare = QUOTED.sub(" ", sql)
@@ -336,64 +225,31 @@ class QueryHandler(RequestHandler):
                 )
         if re.search(r";\s*[^\s;]", bare):
             raise Failure(62, "Syntax error: Multi-statements are not allowed. (SYNTAX_ERROR)")
-        if re.search(r"\bINTO\s+OUTFILE\b", bare, re.IGNORECASE):
-            raise Failure(358, "INTO OUTFILE is not allowed. (INTO_OUTFILE_NOT_ALLOWED)")
-        reads = bool(READS.match(bare))
-        named = re.search(r"\bFORMAT\s+(\w+)\s*;?\s*$", bare, re.IGNORECASE)
         if data is None:
             output_format = (
                 self.request.headers.get("X-ClickHouse-Format")
                 or self.urlparams.get("default_format")
                 or "TabSeparated"
             )
-        settings, params = {}, {}
-        for name, value in self.urlparams.items():
-            if name.startswith("param_"):
-                params[name[6:]] = value
-            elif name not in NOT_SETTINGS:
-                settings[name] = value
+        settings = {n: v for n, v in self.urlparams.items() if not NOT_SETTINGS.fullmatch(n)}
         # A GET must change nothing, so ClickHouse makes it read-only.
         if self.request.method == "GET" and "readonly" not in self.engine.users[user]["settings"]:
             settings.setdefault("readonly", "2")
-        database = self.urlparams.get("database") or self.request.headers.get(
-            "X-ClickHouse-Database"
+        answer = await asyncio.get_running_loop().run_in_executor(
+            *(self.workers, self.engine.run),
+            *(user, self.urlparams.get("database"), settings, sql, data, output_format),
         )
-
-        cancel = settings.get("cancel_http_readonly_queries_on_client_close")
-        self.cancelled_with_client = reads and cancel in ("1", "true")
-        answer, statistics = await asyncio.get_running_loop().run_in_executor(
-            self.workers,
-            self.engine.run,
-            *(user, self.mark, database, settings, sql, data, output_format, params),
-        )
-        self.cancelled_with_client = False
-
-        self.set_header("X-ClickHouse-Summary", json.dumps(statistics))
-        if reads:
-            self.set_header("X-ClickHouse-Format", named[1] if named else output_format)
-        await self.send(answer)
-
-    async def send(self, answer):
-        """Send the answer in chunks, as ClickHouse does: its length is not told beforehand."""
-        accepted = self.request.headers.get("Accept-Encoding", "")
-        if self.urlparams.get("enable_http_compression") == "1" and "lz4" in accepted:
-            self.set_header("Content-Encoding", "lz4")
-            answer = lz4.frame.compress(answer)
+        # As ClickHouse does, in chunks: the length of an answer is not known beforehand.
         self.set_header("Content-Type", "text/tab-separated-values; charset=UTF-8")
         for start in range(0, len(answer) or 1, 1 << 20):
             self.write(answer[start : start + (1 << 20)])
             await self.flush()
         await self.finish()
 
-    def on_connection_close(self):
-        if self.cancelled_with_client:
-            condition = f"Settings['{MARK}'] = '{self.mark}'"
-            self.workers.submit(self.engine.cancel, condition)
-
 
 def make_app(engine, workers):
     """The routes, as a table."""
-    parts = {"engine": engine, "workers": workers, "sessions": set()}
+    parts = {"engine": engine, "workers": workers}
     return Application(
         [(r"/ping", PingHandler), (r"/", QueryHandler, parts)],
         log_function=lambda handler: None,
@@ -420,8 +276,6 @@ async def serve(path, port, users):
     await ended.wait()
     server.stop()
     await server.close_all_connections()
-    engine.cancel()
-    workers.shutdown()
     engine.close()
 
 
