@@ -58,13 +58,13 @@ answers_a_query() (
 )
 
 [ $# -eq 0 ] || { echo "usage: ./docker.sh (no arguments; its first lines explain it)" >&2; exit 2; }
-for number in "$http_port" "$native_port" "$wait_seconds"; do
-  [[ $number =~ ^[1-9][0-9]*$ ]] || fail "not a positive whole number (port or seconds): $number"
+for name_value in "HTTP_PORT=$http_port" "NATIVE_PORT=$native_port" "WAIT=$wait_seconds"; do
+  [[ $name_value =~ =[1-9][0-9]*$ ]] || fail "not a positive whole number: CLICKHOUSE_$name_value"
 done
 
 command -v docker >/dev/null || fail "Docker is not installed: install it, $no_docker"
 problem=$(docker info 2>&1 >/dev/null) || case $problem in
-  *"permission denied"*) fail "you may not use Docker: join the group docker, $no_docker" ;;
+  *"permission denied"*) fail "no permission to use Docker: join the group docker, $no_docker" ;;
   *) fail "the Docker daemon is not running: start it, $no_docker" ;;
 esac
 if ! docker pull "$image"; then
@@ -74,11 +74,11 @@ if ! docker pull "$image"; then
 fi
 if docker container inspect "$name" >/dev/null 2>&1; then
   echo "Removing the container $name of an earlier start, and its data."
-  docker rm --force --volumes "$name" >/dev/null || fail "cannot remove the container $name"
+  docker rm --force --volumes "$name" >/dev/null || fail "cannot remove the container: try docker rm --force $name"
 fi
 if ! run_container --ulimit nofile=262144:262144; then
   [[ $problem == *rlimit* ]] || cannot_start
-  echo "Docker refuses to raise the limit of open files to 262144: starting without it."
+  echo "Docker cannot raise the limit of open files to 262144: starting without it."
   run_container || cannot_start
 fi
 
@@ -88,7 +88,7 @@ until answers_a_query; do
   state=$(docker inspect --format '{{.State.Status}}' "$name" 2>/dev/null) || true
   if [[ $state != running || $SECONDS -ge $wait_seconds ]]; then
     docker logs "$name" >&2 || true
-    fail "no answer within $SECONDS s (container $name: ${state:-removed}); its log is above"
+    fail "no answer after $SECONDS s (container $name: ${state:-removed}); see its log above"
   fi
   sleep 0.5
 done

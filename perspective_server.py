@@ -50,17 +50,17 @@ from producer import (
 log = logging.getLogger("perspective_server")
 
 # ---------------------------------------------------------------------------------------------
-# What viewers get: the live table, which is a window of the newest rows and named as the ClickHouse
-# table; the rollups, which ClickHouse computes; and `<live table>_status`, whose one row says how
-# the server is doing. To add a rollup, add an entry to ROLLUPS.
+# What viewers get: the live table, which holds the newest rows under the name of the ClickHouse
+# table; the rollups, which ClickHouse computes; and `<live table>_status`, the server's status.
+# To add a rollup, add an entry to ROLLUPS.
 
 
 class Rollup(NamedTuple):
     """The table `<live table>_<name>` with the rows that `sql` gives, one for each `index`.
 
-    In the SQL, {source} stands for the ClickHouse table, {ticks} for the ticks that count, with the
-    columns of TICKS, and {recent} for the last five minutes of them. It runs when rows have
-    changed, at most every `interval` seconds.
+    In the SQL, {source} stands for the ClickHouse table, {ticks} for the ticks with a plausible
+    time, with the columns of TICKS_SQL, and {recent} for the last five minutes of them. It runs
+    when rows have changed, at most every `interval` seconds.
     """
 
     name: str
@@ -70,19 +70,19 @@ class Rollup(NamedTuple):
 
 
 # Perspective refuses text that is not UTF-8, and ends it at a zero byte.
-TEXT = "replaceAll(toValidUTF8(toString({})), char(0), '\N{REPLACEMENT CHARACTER}')"
-# Ticks count if they are stamped from the year 2000 up to a minute from now: one wrong clock must
-# neither hold a price nor stretch an axis. Ticks of the same millisecond are ordered by insert
-# block and offset; as one number, since comparing tuples takes ClickHouse five times as long.
-COUNTS = """t.timestamp >= toDateTime64('2000-01-01 00:00:00', 3, 'UTC')
+TEXT_SQL = "replaceAll(toValidUTF8(toString({})), char(0), '\N{REPLACEMENT CHARACTER}')"
+# Rollups contain the ticks from the year 2000 to one minute in the future, so that a wrong clock
+# cannot freeze a price or stretch an axis. Ticks of the same millisecond are ordered by insert
+# block and offset; as one number, because comparing tuples takes ClickHouse five times as long.
+PLAUSIBLE_TIME = """t.timestamp >= toDateTime64('2000-01-01 00:00:00', 3, 'UTC')
         AND t.timestamp <= now64(3) + INTERVAL 1 MINUTE"""
-ARRIVAL = "toInt128(ms) * 1000000000000000000 + t._block_number * 1000000000 + t._block_offset"
-TICKS = f"""(
+ARRIVAL_SQL = "toInt128(ms) * 1000000000000000000 + t._block_number * 1000000000 + t._block_offset"
+TICKS_SQL = f"""(
     SELECT
         t.timestamp AS time,
         toUnixTimestamp64Milli(t.timestamp) AS ms,
-        {TEXT.format("t.ticker")} AS ticker,
-        {TEXT.format("t.client")} AS client,
+        {TEXT_SQL.format("t.ticker")} AS ticker,
+        {TEXT_SQL.format("t.client")} AS client,
         if(isFinite(t.open), toFloat64(t.open), NULL) AS open,
         if(isFinite(t.high), toFloat64(t.high), NULL) AS high,
         if(isFinite(t.low), toFloat64(t.low), NULL) AS low,
@@ -90,22 +90,22 @@ TICKS = f"""(
         toFloat64(t.volume) AS volume,
         {{arrival}} AS arrival
     FROM {{source}} AS t
-    WHERE {COUNTS} {{condition}}
+    WHERE {PLAUSIBLE_TIME} {{condition}}
 ) AS t"""
-# The five minutes end at the newest tick, not at the clock: after a pause or a restart the last
-# data are there. They begin with a whole candle.
-RECENT = f"""AND t.timestamp >= toStartOfInterval(
-        (SELECT t.timestamp FROM {{source}} AS t WHERE {COUNTS} ORDER BY t.timestamp DESC LIMIT 1)
-        - INTERVAL 5 MINUTE, INTERVAL 2 SECOND)"""
-OHLCV = """argMin(t.open, t.arrival) AS open,
+# The five minutes end at the newest tick, not now: after a pause or a restart the last ticks are
+# still shown. They begin with a whole candle.
+RECENT_CONDITION = f"""AND t.timestamp >= toStartOfInterval(
+        (SELECT t.timestamp FROM {{source}} AS t WHERE {PLAUSIBLE_TIME}
+            ORDER BY t.timestamp DESC LIMIT 1) - INTERVAL 5 MINUTE, INTERVAL 2 SECOND)"""
+OHLCV_COLUMNS = """argMin(t.open, t.arrival) AS open,
             max(t.high) AS high,
             min(t.low) AS low,
             argMax(t.close, t.arrival) AS close,
             sum(t.volume) AS volume"""
-# Size is bounded: the tickers with the most volume come first.
-MOST_VOLUME = "sum(volume) OVER (PARTITION BY ticker) DESC, ticker, time DESC LIMIT 20000"
-# Perspective never forgets a text, so keys are used again after 256 intervals; at most 161 are
-# there at once. The number behind the last space, and the length before a text, keep keys distinct.
+# Limits the size: the tickers with the most volume come first.
+ORDER_AND_LIMIT = "sum(volume) OVER (PARTITION BY ticker) DESC, ticker, time DESC LIMIT 20000"
+# Perspective never frees a text, so keys are reused after 256 intervals; at most 161 exist at once.
+# The number behind the last space, and the length before a text, keep keys distinct.
 ROLLUPS = [
     Rollup(
         "tickers",
@@ -133,10 +133,10 @@ ROLLUPS = [
             concat(t.ticker, ' ', toString(intDiv(t.ms, step) % 256)) AS key,
             fromUnixTimestamp64Milli(intDiv(t.ms, step) * step, 'UTC') AS time,
             t.ticker AS ticker,
-            {OHLCV}
+            {OHLCV_COLUMNS}
         FROM {{recent}}
         GROUP BY t.ticker, intDiv(t.ms, step)
-        ORDER BY {MOST_VOLUME}""",
+        ORDER BY {ORDER_AND_LIMIT}""",
     ),
     Rollup(
         "history",
@@ -154,12 +154,12 @@ ROLLUPS = [
             fromUnixTimestamp64Milli(intDiv(t.ms, step) * step, 'UTC') AS time,
             t.ticker AS ticker,
             t.client AS client,
-            {OHLCV},
+            {OHLCV_COLUMNS},
             toFloat64(count()) AS ticks,
             max(t.time) AS last_tick
         FROM {{ticks}}
         GROUP BY t.ticker, t.client, intDiv(t.ms, step)
-        ORDER BY {MOST_VOLUME}""",
+        ORDER BY {ORDER_AND_LIMIT}""",
     ),
 ]
 ROLLUP_COLUMNS = {name: kind for name, kind in COLUMNS.items() if name != "date"}
@@ -167,14 +167,14 @@ ROLLUP_COLUMNS = {name: kind for name, kind in COLUMNS.items() if name != "date"
 
 def rollup_sql(rollup, source, block_numbers=True):
     """Return a rollup's SQL over `source`, a table or a subquery."""
-    arrival = ARRIVAL if block_numbers else "ms"
-    ticks = functools.partial(TICKS.format, source=source, arrival=arrival)
-    recent = ticks(condition=RECENT.format(source=source))
+    arrival = ARRIVAL_SQL if block_numbers else "ms"
+    ticks = functools.partial(TICKS_SQL.format, source=source, arrival=arrival)
+    recent = ticks(condition=RECENT_CONDITION.format(source=source))
     return rollup.sql.format(source=source, ticks=ticks(condition=""), recent=recent)
 
 
 def shown_name(name):
-    """A column's name in Perspective, which has columns of its own."""
+    """Return a column's name in Perspective, which reserves some names."""
     return f"{name}_" if re.fullmatch("psp_(pkey|op|okey)|__INDEX__", name) else name
 
 
@@ -194,18 +194,18 @@ def select_safely(name, kind):
         number = column if plain.startswith("Float") else f"toFloat64({column})"
         value = f"if(isFinite({number}), {number}, NULL)"
     else:
-        value = TEXT.format(column)
+        value = TEXT_SQL.format(column)
     return f"{value} AS {quote_identifier(shown_name(name))}"
 
 
 # ---------------------------------------------------------------------------------------------
 # The tail. MergeTree numbers its insert blocks in the order in which they are committed, and keeps
-# the number with each row. So the number of the newest block is a cursor: the rows that came since
-# the last poll are those with cursor < _block_number <= head, whatever their timestamps and however
-# parts were merged. The head is metadata, so asking for it costs the same at any table size.
+# the number with each row. So the number of the newest block is a cursor: the rows inserted since
+# the last poll are those with cursor < _block_number <= head, whatever their timestamps are and
+# however parts were merged. The head is metadata: reading it costs the same at any table size.
 #
-# Metadata also checks the answer: as many rows must have come as the parts have grown by. If not,
-# or after anything other than an insert, the window is read anew and replaced.
+# Metadata also checks the answer: the number of rows must equal the growth of the parts. If it does
+# not, or after anything other than an insert, the window is reloaded.
 #
 # The live table is a ring: the row with the number `arrival` takes the slot `arrival % limit`, and
 # with it the place of the oldest row. The slot is the index, so that changes, replacements and
@@ -213,9 +213,9 @@ def select_safely(name, kind):
 
 
 class Metadata(NamedTuple):
-    """What ClickHouse's system tables say of the table."""
+    """Metadata of the table, from ClickHouse's system tables."""
 
-    uuid: str  # another one: the table was recreated, or exchanged
+    uuid: str  # changes when the table is recreated or exchanged
     definition: tuple  # when it was changed, and whether that is less than two seconds ago
     mutations: tuple  # number of the newest mutation, and in how many parts it is not done yet
     patch: int  # block of the newest patch part, which is what a lightweight UPDATE writes
@@ -245,7 +245,7 @@ WHERE database = {database} AND table = {table}
 """
 
 
-def without_index(metadata):
+def settings_without_index(metadata):
     """Return settings with which ClickHouse 26.9 finds all rows by block number.
 
     A part that was attached gets new block numbers, but keeps its index of the old ones. And while
@@ -254,17 +254,17 @@ def without_index(metadata):
     return {"use_skip_indexes": 0} | ({"optimize_move_to_prewhere": 0} if metadata.patch else {})
 
 
-# Our polling stays out of ClickHouse's query log. What a user may not set is left out.
+# Polling stays out of ClickHouse's query log. Settings that the user may not change are dropped.
 SETTINGS = {
     "max_execution_time": QUERY_TIMEOUT,
     "log_queries": 0,
     "output_format_arrow_low_cardinality_as_dictionary": 1,
 }
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # https://arrow.apache.org/docs/format/Columnar.html
-TABLE_GONE = {60, 81, 218}  # ClickHouse's errors for a table or database that was dropped meanwhile
+DROPPED_CODES = {60, 81, 218}  # ClickHouse's errors for a dropped table or database
 IDLE_INTERVAL = 5  # seconds between polls while there are no viewers
 RATE_SECONDS = 10  # over which rows_per_second is counted
-# Perspective never forgets a text, so the tables are made anew after so many that may be new, of
+# Perspective never frees a text, so the tables are remade after this many that may be new: about
 # 330 bytes each in the server and in each browser.
 MAX_TEXTS = 1_500_000
 
@@ -289,7 +289,7 @@ class Tail:
         self.stop, self.wake = threading.Event(), threading.Event()
         self.client = self.metadata = self.error = None
         self.columns = {}  # ClickHouse types by name
-        self.hosted = None  # the columns with which the tables were made
+        self.hosted_columns = None  # the columns with which the tables were made
         self.arrived = self.revision = self.texts = 0
         self.checkpoints = collections.deque()  # see `window_is_intact`
         self.state, self.reported, self.due = "down", None, time.monotonic()
@@ -298,7 +298,7 @@ class Tail:
         self.deliveries = collections.deque()  # (monotonic time, rows)
 
     def poll(self):
-        """Bring the live table up to date. May raise anything; the next poll then goes on."""
+        """Bring the live table up to date. After any exception the next poll can continue."""
         if self.client is None:
             self.client = producer.connect(self.dsn, settings=SETTINGS)
         [(definition, _, *others)] = self.query(METADATA_SQL.format(**self.names))
@@ -326,17 +326,17 @@ class Tail:
         # Otherwise rows outside the window may have been deleted, which does not matter here.
         if not inserts_only and not (expected <= came < self.limit and self.window_is_intact(old)):
             return False
-        if not came and now.head > old.head:  # an attached part, see `without_index`
+        if not came and now.head > old.head:  # an attached part, see `settings_without_index`
             return False
         self.move_cursor(now, first + came, came)
         return True
 
     def must_reload(self, now):
-        """Whether anything but inserts and deletions may have happened since the last poll."""
+        """Return whether more than inserts and deletions may have happened since the last poll."""
         old = self.metadata
         if old is None or (now.uuid, now.patch) != (old.uuid, old.patch) or now.head < old.head:
             return True
-        if now.definition != old.definition and self.check_table() != self.hosted:
+        if now.definition != old.definition and self.check_table() != self.hosted_columns:
             return True
         if now.mutations != old.mutations:
             newest, pending = old.mutations
@@ -346,7 +346,7 @@ class Tail:
         return self.texts > MAX_TEXTS
 
     def window_is_intact(self, old):
-        """Whether ClickHouse still has all rows of the window.
+        """Return whether ClickHouse still has all rows of the window.
 
         A checkpoint (block, arrived) says how many rows had been numbered when that block was the
         newest. The first one lies before the window's oldest row and bounds what is counted.
@@ -355,37 +355,37 @@ class Tail:
         [(count,)] = self.query(
             f"SELECT count() FROM {self.source}"
             f" WHERE _block_number > {block} AND _block_number <= {old.head}",
-            without_index(old),
+            settings_without_index(old),
         )
         return count == self.arrived - arrived
 
     def load_window(self, now):
-        """Make the newest rows the content of the live table, which is made if need be."""
+        """Load the newest rows into the live table; make it if needed."""
         columns = self.check_table()
-        replace = columns == self.hosted and self.texts <= MAX_TEXTS
+        replace = columns == self.hosted_columns and self.texts <= MAX_TEXTS
         self.metadata, self.columns, first = None, columns, self.arrived
         [(block, count)] = self.query(  # of the window's oldest row, and how many rows from it on
             f"WITH (SELECT min(b) FROM (SELECT _block_number AS b FROM {self.source}"
             f" WHERE b <= {now.head} ORDER BY b DESC LIMIT {self.limit})) AS oldest"
             f" SELECT toInt64(oldest), count() FROM {self.source}"
             f" WHERE _block_number >= oldest AND _block_number <= {now.head}",
-            without_index(now),
+            settings_without_index(now),
         )
         skipped = max(0, count - self.limit)
-        rows = self.read_rows(block - 1, now, skipped, first, without_index(now))
+        rows = self.read_rows(block - 1, now, skipped, first, settings_without_index(now))
         if replace:
             self.relay.tables[self.table].replace(rows)
-            log.info("rows were changed or removed: the window was read anew")
+            log.info("the table was changed by more than inserts: reloaded the window")
         else:
             self.make_tables(rows)
         self.checkpoints = collections.deque([(block - 1, first - skipped)])
         came = self.count_arrived(first)
         self.move_cursor(now, first + came, came)
         if not replace:
-            self.hosted, self.texts = columns, 0
+            self.hosted_columns, self.texts = columns, 0
 
     def make_tables(self, rows):
-        """Make all tables anew, the live one last: a viewer who finds it finds all."""
+        """Make all tables anew, the live one last, so that a viewer who sees it sees all."""
         tables = {}
         nothing = f"(SELECT *, _block_number, _block_offset FROM {self.source} WHERE 0)"
         for rollup in self.rollups:
@@ -393,7 +393,7 @@ class Tail:
                 empty = self.read_arrow(rollup_sql(rollup, nothing))
                 tables[f"{self.table}_{rollup.name}"] = empty, rollup.index
             except Exception as error:
-                log.warning("no rollup %s: %s", rollup.name, explain(error))
+                log.warning("going on without rollup %s: %s", rollup.name, explain(error))
         self.relay.host(tables | {self.table: (rows, self.ring[0])})
         self.relay.publish_status(self)
 
@@ -412,13 +412,13 @@ class Tail:
         return free("slot"), free("arrival")
 
     def move_cursor(self, now, arrived, came):
-        """Note that Perspective has the rows."""
+        """Record that Perspective has the rows."""
         self.metadata, self.arrived, self.revision = now, arrived, self.revision + 1
         self.checkpoints.append((now.head, arrived))
         while len(self.checkpoints) > 1 and self.checkpoints[1][1] <= arrived - self.limit:
             self.checkpoints.popleft()
-        few = re.compile(r"LowCardinality|(Nullable\()?(Enum|Bool)")  # have few texts
-        kinds = [kind for kind in self.columns.values() if not few.match(kind)]
+        low_cardinality = re.compile(r"LowCardinality|(Nullable\()?(Enum|Bool)")  # have few texts
+        kinds = [kind for kind in self.columns.values() if not low_cardinality.match(kind)]
         self.texts += came * sum("toString" in select_safely("", kind) for kind in kinds)
         self.rows = self.relay.tables[self.table].size()
         self.delivered += came
@@ -433,7 +433,7 @@ class Tail:
         if newest and newest > now + 60_000:  # stamped by a wrong clock
             [(newest,)] = self.query(
                 f"SELECT toUnixTimestamp64Milli(max(t.timestamp)) FROM {self.source} AS t"
-                f" WHERE {COUNTS} AND _block_number > {self.checkpoints[0][0]}"
+                f" WHERE {PLAUSIBLE_TIME} AND _block_number > {self.checkpoints[0][0]}"
             )
         return round(max(0, now - newest)) if newest else None
 
@@ -464,14 +464,14 @@ class Tail:
             f" toFloat64({number}) AS {arrival} FROM (SELECT {names} FROM {self.source}"
             f" WHERE _block_number > {after} AND _block_number <= {now.head}"
             f" ORDER BY _block_number, _block_offset LIMIT {self.limit} OFFSET {skipped})",
-            settings or (without_index(now) if now.patch else None),
+            settings or (settings_without_index(now) if now.patch else None),
         )
 
     def read_arrow(self, sql, settings=None):
         """Read rows as the bytes of an Arrow stream: none becomes a Python object."""
         arrow = self.client.raw_query(sql, fmt="ArrowStream", settings=settings)
         if not arrow.endswith(ARROW_END):  # Perspective would accept the beginning silently
-            raise OSError("ClickHouse's answer was cut off")
+            raise OSError("incomplete answer from ClickHouse")
         return arrow
 
     def query(self, sql, settings=None):
@@ -505,16 +505,17 @@ class Tail:
     def report_failure(self, error):
         if isinstance(error, TableMismatchError):
             self.report("no table", str(error))
-        elif isinstance(error, TableMissingError) or getattr(error, "code", None) in TABLE_GONE:
-            hint = ": start producer.py" if self.table == TABLE else ""
-            self.report("no table", f"no table {self.database}.{self.table}, waiting for it{hint}")
+        elif isinstance(error, TableMissingError) or getattr(error, "code", None) in DROPPED_CODES:
+            hint = "start producer.py" if self.table == TABLE else "create it, or check --table"
+            text = f"no table {self.database}.{self.table}, waiting for it: {hint}"
+            self.report("no table", text)
         else:
             self.close()  # in chDB, the rest of an answer would stand before the next one
             problem = "cannot use ClickHouse" if producer.is_fatal(error) else "ClickHouse is away"
             self.report("down", f"{problem}, trying again: {explain(error)}", problem)
 
     def report(self, state, text, kind=None):
-        """Log a change of state, once. The same state for a reason of another kind is a change."""
+        """Log each change of state once. Another kind of reason is a change, too."""
         self.state = state
         if self.reported != (state, kind or text):
             self.reported = (state, kind or text)
@@ -528,7 +529,7 @@ class Tail:
             self.client = None
 
     def health(self):
-        """What /healthz says."""
+        """Return what /healthz says."""
         now, span = time.monotonic(), max(RATE_SECONDS, 2 * self.interval)
         while self.deliveries and self.deliveries[0][0] < now - span:
             self.deliveries.popleft()
@@ -619,13 +620,13 @@ class Rollups:
                 self.client = None
             if self.tail.state == "up" and rollup.name not in self.failing:
                 self.failing.add(rollup.name)
-                log.warning("rollup %s fails, trying again: %s", rollup.name, explain(error))
+                log.warning("rollup %s failed, trying again: %s", rollup.name, explain(error))
         else:
             state.revision = revision
             self.failing.discard(rollup.name)
 
     def apply(self, state, names, rows):
-        """Update the rollup's table by what differs from the last run."""
+        """Apply the differences from the last run to the rollup's table."""
         old, rows = state.rows, {row[names.index(state.rollup.index)]: row for row in rows}
         state.rows = {}  # if Perspective fails half-way, all rows are to be sent
         gone = list(old.keys() - rows.keys())
@@ -642,8 +643,8 @@ class Rollups:
 
 
 # ---------------------------------------------------------------------------------------------
-# The relay. All viewers of a table want the same: its rows, then its changes. So the engine has one
-# plain view of each table, and what it says once is sent to everybody.
+# The relay. All viewers of a table need the same: its rows, then its changes. So the engine has one
+# plain view of each table, and encodes each change once for all viewers.
 
 
 class Relay:
@@ -663,7 +664,7 @@ class Relay:
     def host(self, tables):
         """Make all tables but the status anew: {name: (Arrow stream, name of the index)}.
 
-        Viewers, whose mirrors are of other tables then, are disconnected and come back.
+        Viewers are disconnected, as their mirrors are out of date; they come back.
         """
         with self.lock:
             outdated = [name for name in self.tables if name != self.status_name]
@@ -694,7 +695,7 @@ class Relay:
 
     def send(self, name, kind, body):
         self.snapshots.pop(name, None)
-        self.max_unread = max(self.max_unread, MAX_SNAPSHOTS_UNREAD * len(body))
+        self.max_unread = max(self.max_unread, UNREAD_SNAPSHOTS * len(body))
         for viewer in list(self.viewers):
             for head in viewer.subscribed(name, kind):
                 viewer.send(head + body)
@@ -705,7 +706,7 @@ class Relay:
             to_arrow = functools.partial(self.views[name].to_arrow, compression="zstd")
             self.snapshots[name] = self.loop.run_in_executor(None, to_arrow)
         arrow = await self.snapshots[name]
-        self.max_unread = max(self.max_unread, MAX_SNAPSHOTS_UNREAD * len(arrow))
+        self.max_unread = max(self.max_unread, UNREAD_SNAPSHOTS * len(arrow))
         return arrow
 
     def disconnect_viewers(self, code=1012, reason="the tables were made anew"):
@@ -732,8 +733,8 @@ class Relay:
 
 # ---------------------------------------------------------------------------------------------
 # What a viewer may send. Whoever can send to a Perspective session can do anything, so viewers'
-# requests do not reach the engine, but for four questions that carry nothing. The others on the
-# list in `Viewer.answer` are answered here. Everything else gets Perspective's own error.
+# requests do not reach the engine, except for four that have no parameters. `Viewer.answer` answers
+# the others on the list. Everything else gets Perspective's own error.
 #
 # A request is a protobuf message: field 1 is its id, field 2 the table or view it is about, and one
 # more field says what is asked. The answer carries the same id and name. The numbers are those of
@@ -742,14 +743,14 @@ class Relay:
 FEATURES, HOSTED_TABLES, SCHEMA, SIZE = 3, 4, 7, 8
 MAKE_VIEW, DELETE_VIEW, TO_ARROW, SERVER_ERROR = 6, 11, 16, 50
 ON_UPDATE, CANCEL_UPDATE, ON_REMOVE, CANCEL_REMOVE = 21, 22, 39, 40
-QUESTIONS = (FEATURES, HOSTED_TABLES, SCHEMA, SIZE)  # for the engine
-REQUESTS = (*QUESTIONS, MAKE_VIEW, DELETE_VIEW, TO_ARROW)
+ENGINE_REQUESTS = (FEATURES, HOSTED_TABLES, SCHEMA, SIZE)  # for the engine
+REQUESTS = (*ENGINE_REQUESTS, MAKE_VIEW, DELETE_VIEW, TO_ARROW)
 REQUESTS += (ON_UPDATE, CANCEL_UPDATE, ON_REMOVE, CANCEL_REMOVE)
 
 MAX_VIEWERS = 2000
 MAX_VIEWS = 20  # of one viewer; the dashboard has five
 MAX_MESSAGE = 4096  # bytes from a viewer; the dashboard's are below 100
-MAX_SNAPSHOTS_UNREAD = 4  # as much may wait for a viewer to read it
+UNREAD_SNAPSHOTS = 4  # as many bytes as so many snapshots may be unread by a viewer
 PING_SECONDS = 60  # a viewer that answers no ping for so long is gone
 REQUEST_SHARE = 0.1  # of the time that one viewer's requests may take
 
@@ -813,12 +814,12 @@ class Viewer(WebSocketHandler):
         self.session.close()
 
     async def on_message(self, message):
-        """Answer a request. The next one is read when this one's answer is on its way."""
+        """Answer a request. The next one is read when this answer has been sent."""
         began, head, answer, sent = time.monotonic(), b"", None, None
         try:
             head, name, request = split_head(message)
             number, body = split_field(request, REQUESTS)
-            if number in QUESTIONS and body == b"":
+            if number in ENGINE_REQUESTS and body == b"":
                 handle = self.session.handle_request
                 await self.relay.loop.run_in_executor(None, handle, message)
             else:
@@ -890,7 +891,7 @@ class Viewer(WebSocketHandler):
         except WebSocketClosedError:
             pass
         except StreamBufferFullError:
-            log.warning("a viewer does not read what is sent to it: disconnected")
+            log.warning("disconnected a viewer that does not read what is sent to it")
             self.ws_connection.stream.close()
 
 
@@ -916,7 +917,7 @@ def is_known_origin(origin, handler):
 
 
 class Handler(RequestHandler):
-    """What all answers have in common."""
+    """Headers of all answers."""
 
     def set_default_headers(self):
         self.set_header("X-Content-Type-Options", "nosniff")
@@ -924,12 +925,12 @@ class Handler(RequestHandler):
 
 
 class NotFoundHandler(Handler):
-    """All that is not in the table of routes, and all host names that are not ours."""
+    """All paths that are not in the table of routes, and all unknown host names."""
 
     def prepare(self):
         self.set_status(404)
         self.set_header("Content-Type", "text/plain")
-        self.finish("404: not found, or this server does not have that host name\n")
+        self.finish("404: no such page, or an unknown host name: use localhost or --allow-origin\n")
 
 
 class PageHandler(Handler):
@@ -974,7 +975,7 @@ class HealthHandler(Handler):
 
 
 def make_app(relay, tail, address, origins):
-    """All that the server answers to, under the host names that it is meant to have.
+    """Return the routes, for the configured host names only.
 
     A foreign name that somebody points at this address (DNS rebinding) gets nothing.
     """
@@ -1038,7 +1039,7 @@ def fail(text):
 
 @contextlib.contextmanager
 def silenced_stderr():
-    """Silence the embedded engine, which writes to stderr what it also raises."""
+    """Silence the embedded engine, which prints the errors that it also raises."""
     sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
@@ -1105,9 +1106,7 @@ def main(argv=None):
         sockets = bind_sockets(options.port, options.address)
     except OSError as error:
         where = f"{options.address} port {options.port}"
-        return fail(
-            f"cannot listen on {where} ({error.strerror}): name another --address or --port"
-        )
+        return fail(f"cannot listen on {where} ({error.strerror}): use another --address or --port")
     with contextlib.ExitStack() as cleanup:
         dsn = options.dsn
         if options.embedded is not None:
@@ -1129,9 +1128,9 @@ def main(argv=None):
                 return fail(f"no engine in {folder}, is it in use elsewhere? {explain(error)}")
         host = options.address
         if host not in LOOPBACK:
-            log.warning("listening on %s: everybody who reaches this port can read along", host)
+            log.warning("listening on %s: anyone who can reach this port can read the data", host)
         host = "localhost" if host in (*LOOPBACK, "", "0.0.0.0", "::") else host
-        log.info("following %s", producer.describe_dsn(dsn))
+        log.info("connecting to %s", producer.describe_dsn(dsn))
         log.info("open http://%s:%s/", f"[{host}]" if ":" in host else host, options.port)
         error = asyncio.run(serve(options, dsn, sockets, signalled))
     return fail(explain(error)) if error else 0

@@ -24,8 +24,7 @@ from clickhouse_connect.driver.binding import format_str
 from clickhouse_connect.driver.exceptions import DatabaseError, DataError, ProgrammingError
 
 # ---------------------------------------------------------------------------------------------
-# The table. The schema is written here, once, as SQL. Everything downstream takes it from
-# ClickHouse.
+# The table. The schema is written here, once, as SQL.
 
 DEFAULT_DSN = "clickhouse://admin:admin1234@localhost:8123/test"
 DSN_FORM = "clickhouse://user:password@host:port/database"
@@ -108,7 +107,7 @@ def connect(dsn, **options):
         unknown = re.search(r"unexpected keyword argument ('\w+')", str(error))
         if not unknown:
             raise
-        raise ProgrammingError(f"the driver has no DSN option {unknown[1]}") from None
+        raise ProgrammingError(f"unknown DSN option {unknown[1]}: remove it") from None
 
 
 def bypass_proxy_on_loopback(host):
@@ -167,7 +166,7 @@ def check_table(client, database, table=TABLE, columns=COLUMNS, writing=False):
 
     problems = []
     if engine not in ("MergeTree", "ReplicatedMergeTree", "SharedMergeTree"):
-        problems.append(f"its engine is {engine}, and only MergeTree keeps every row in order")
+        problems.append(f"its engine is {engine}, and only MergeTree keeps all rows in order")
     elif partition_key and engine != "MergeTree":
         problems.append(f"{engine} counts insert blocks in each partition separately")
     for name, kind in columns.items():
@@ -178,13 +177,13 @@ def check_table(client, database, table=TABLE, columns=COLUMNS, writing=False):
         problems.append(f"setting {', '.join(DEDUPLICATION)} is missing")
     if problems:
         raise TableMismatchError(
-            f"cannot use table {database}.{table}: {'; '.join(problems)}. Name another database"
-            + (" in the DSN, or start over with `producer.py --reset`" if columns else " or table")
+            f"cannot use table {database}.{table}: {'; '.join(problems)}. Use another database"
+            + (", or delete it and its rows by `producer.py --reset`" if columns else " or --table")
         )
     missing = list(filter(lacks, BLOCK_SETTINGS))
     if missing:
         raise BlockNumbersMissingError(
-            f"table {database}.{table} keeps no block numbers. This adds them and rewrites nothing:"
+            f"table {database}.{table} keeps no block numbers. Run this, which rewrites no data:"
             f" ALTER TABLE {full_name(database, table)} MODIFY SETTING"
             f" {', '.join(f'{name} = 1' for name in missing)}"
         )
@@ -223,9 +222,9 @@ def create_statement(database, columns, settings):
 
 
 # ---------------------------------------------------------------------------------------------
-# The market. Each ticker walks around a level of its own: a tick opens where the ticker's last one
-# closed, moves by hundredths of a per cent, and is pulled back a little, so that the prices are
-# still plausible after a week.
+# The market. Each price is a mean-reverting random walk: a tick opens where the ticker's last one
+# closed, moves by hundredths of a per cent, and is pulled back a little to its level, so that the
+# prices are still plausible after a week.
 
 LEVELS = {
     "AAPL.N": 190.0,
@@ -254,7 +253,7 @@ def to_cents(prices):
 
 
 class Market:
-    """Thirteen prices that walk. The same seed draws the same ticks."""
+    """Random walks of thirteen prices. The same seed draws the same ticks."""
 
     def __init__(self, seed=None):
         self.random = np.random.default_rng(seed)
@@ -301,11 +300,11 @@ class Market:
 
 # ---------------------------------------------------------------------------------------------
 # The producer. A batch is kept until ClickHouse has confirmed it, and is sent again with the same
-# deduplication token until then: a batch that was stored although its answer got lost is not
-# stored twice. While ClickHouse is away no new ticks are drawn.
+# deduplication token until then, so a batch whose confirmation was lost is not stored twice. While
+# ClickHouse is away no new ticks are drawn.
 
-# ClickHouse's error codes that waiting does not cure: columns that do not fit, an unknown setting,
-# a user who may not do it, a wrong user or password.
+# ClickHouse's error codes that a retry cannot fix: columns that do not fit, an unknown setting,
+# missing grants, a wrong user or password.
 FATAL_CODES = {16, 44, 53, 115, 164, 192, 193, 194, 497, 516}
 # Raised before anything is sent: chdb is not installed, an option makes no sense.
 FATAL_ERRORS = (TableMismatchError, DataError, ProgrammingError, ImportError, TypeError)
@@ -314,7 +313,7 @@ PROGRESS_INTERVAL = 5  # seconds between two lines of progress
 
 
 def is_fatal(error):
-    """Whether waiting does not cure the error."""
+    """Return whether a retry cannot fix the error."""
     if "CERTIFICATE_VERIFY_FAILED" in str(error) or isinstance(error, FATAL_ERRORS):
         return True
     return getattr(error, "code", None) in FATAL_CODES
@@ -323,7 +322,7 @@ def is_fatal(error):
 def explain(error):
     """Return one line that says what went wrong, without the driver's trailers."""
     # urllib3 keeps the cause of a failed connection in `reason`, at the end of a long sentence.
-    reason = str(getattr(error.__cause__, "reason", None) or "")
+    reason = str(getattr(error.__cause__, "reason", None) or "").partition(" (_ssl.c")[0]
     cause = re.search("(certificate verify failed.*|[^:]*)$", reason)[0].strip()
     text = cause or str(error).strip() or type(error).__name__
     text = text.partition("server response: ")[2] or text
@@ -347,7 +346,7 @@ class Producer:
         self.unconfirmed = False  # a batch was sent, and its answer did not come yet
 
     def run(self):
-        """Produce. Blocks; meant for a thread of its own."""
+        """Produce until stopped. Blocks; call it in a thread of its own."""
         try:
             if self.retry(self.open):
                 self.produce()
@@ -368,7 +367,7 @@ class Producer:
             if not attempts:
                 return
             self.rows, number = self.rows + self.batch_rows, number + 1
-            # Slow inserts are caught up with; after an outage the market goes on from now.
+            # Catch up after a slow insert; after an outage continue from now.
             due = time.monotonic() if attempts > 1 else due + self.interval
 
     def open(self):
@@ -453,7 +452,7 @@ def dsn(text):
         split_dsn(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"the DSN does not parse, expected {DSN_FORM}, special characters as %XX"
+            f"invalid DSN, expected {DSN_FORM} with special characters as %XX"
         ) from None
     return text
 
@@ -474,8 +473,8 @@ def main(argv=None):
     add_dsn_option(parser)
     parser.add_argument("--interval", type=seconds, default=0.25, help="seconds between batches")
     parser.add_argument("--rows", type=positive_int, default=250, help="ticks in a batch")
-    parser.add_argument("--batches", type=positive_int, help="stop after so many (default: never)")
-    parser.add_argument("--seed", type=number(int, 0, 2**63), help="draw the same ticks again")
+    parser.add_argument("--batches", type=positive_int, help="stop after this many")
+    parser.add_argument("--seed", type=number(int, 0, 2**63), help="for reproducible ticks")
     parser.add_argument("--reset", action="store_true", help="drop the table and its rows first")
     options = vars(parser.parse_args(argv))
 

@@ -148,12 +148,12 @@ def fake_docker(folder, text):
 
 
 def test_the_first_start_makes_a_clickhouse_that_the_printed_dsn_reaches(docker_sh, engine):
-    """With its ports on loopback alone, although this Docker refuses to raise the limit of files,
+    """With its ports on loopback alone, although this Docker cannot raise the limit of files,
     and although the image cannot be pulled."""
     result = docker_sh(CLICKHOUSE_PASSWORD="of-the-shell", CLICKHOUSE_DB="other")
     assert result.returncode == 0, result.stderr
     assert f"Cannot pull {REGISTRY}:answers" in result.stdout
-    assert "Docker refuses to raise the limit of open files" in result.stdout
+    assert "Docker cannot raise the limit of open files" in result.stdout
     assert "an earlier start" not in result.stdout
     assert "python producer.py\n  python perspective_server.py\n" in result.stdout
     [export] = re.findall("^ *export .*$", result.stdout, re.MULTILINE)
@@ -219,7 +219,7 @@ def test_a_container_that_never_answers_is_waited_for_as_promised(docker_sh, tmp
     (tmp_path / "fast").write_text("sleep() { SECONDS=$((SECONDS + 20)); }\n")
     how = {"CLICKHOUSE_WAIT": "2"} if seconds == 2 else {"BASH_ENV": str(tmp_path / "fast")}
     result = docker_sh("silent", **how)
-    said = re.search(r"no answer within (\d+) s .*: running\)", error_of(result, lines=None))
+    said = re.search(r"no answer after (\d+) s .*: running\)", error_of(result, lines=None))
     assert seconds <= int(said[1]) < seconds + 20
     assert "loading\n" in result.stderr
 

@@ -341,7 +341,7 @@ def test_a_missing_table_and_then_its_block_numbers_are_waited_for(database, sta
     status, _, body = server.get("/healthz")
     assert (status, json.loads(body)["clickhouse"], mirror.snapshots) == (503, "no table", 0)
     [line] = [line for line in server.lines if "ALTER TABLE" in line]
-    assert "rewrites nothing" in line
+    assert "rewrites no data" in line
     source.run(line[line.index("ALTER TABLE") :])
     source.insert(10)
     source.agree(mirror)

@@ -286,7 +286,7 @@ def test_the_server_is_killed_and_comes_back(site, start, visit):
         server.kill()
         tab.wait_for("reconnecting")
         assert tab.text("#state") == "reconnecting"
-        tab.wait_for_notice("The server does not answer. This page keeps what it has")
+        tab.wait_for_notice("The server does not answer. This page keeps its rows")
         before = tab.cells()
         assert len(before) > 10
         if long:
@@ -325,7 +325,7 @@ def test_clickhouse_goes_away_and_comes_back(tmp_path, start, visit):
     with ClickHouseProcess(tmp_path) as clickhouse:
         server = start(Server, "--dsn", clickhouse.dsn)
         tab = visit(server.url, "waiting")
-        tab.wait_for_notice("ClickHouse has no table stock_values yet")
+        tab.wait_for_notice("The server waits for the table stock_values")
         start(Script, "producer.py", "--dsn", clickhouse.dsn)
         tab.wait_for("live")
         tab.wait_for_cells()
@@ -515,7 +515,7 @@ def test_a_page_that_falls_behind_starts_over_and_says_so(database, start, visit
         loaded_at, sockets = tab.loaded_at(), len(tab.sockets)
         link.bytes_per_second = 100_000
         tab.wait_for("catchingUp", 60)
-        tab.wait_for_notice("Rows come faster than this page can take them. It starts over")
+        tab.wait_for_notice("Rows come faster than this page can take them. It starts again")
         link.bytes_per_second = None
         tab.wait_for("live")
         wait_until(lambda: newest_age(tab) < 3, 30, "new rows")
@@ -591,7 +591,7 @@ def test_a_stored_layout_that_does_not_fit_gives_way_to_the_original(site, visit
     for name, layout in stored.items():
         assert layout != text
         tab.store(layout)
-        tab.wait_for_notice("The layout that you had does not fit; this is the original one.")
+        tab.wait_for_notice("Your layout does not fit the tables. This is the original one.")
         tab.wait_for("live")
         wait_until(lambda: len(tab.wait_for_cells()[0]) == 8, 30, f"rows after {name}")
         assert not differences(tab.workspace(), original), name
@@ -624,7 +624,7 @@ def test_a_layout_on_which_the_tab_died_gives_way_to_the_original(site, visit):
     wait_until(lambda: not soon.stored("drawing"), 30, "it is drawn")
 
     late = visit_at(die(soon) + 5100)
-    late.wait_for_notice("The layout that you had was not drawn in time; this is the original one.")
+    late.wait_for_notice("Your layout was not drawn within 5 s. This is the original one.")
     late.wait_for_cells()
     assert not differences(late.workspace(), original)
 
@@ -735,7 +735,7 @@ def test_another_version_of_the_page_and_a_full_server(site, start, visit, tmp_p
     start(ChangedServer, tmp_path, changes, *site.options, port=server.port)
     tab.page.wait_for_selector("#newer #state.live")
     other = visit(server.url, "connecting")
-    other.wait_for_notice("the server is full: it takes 1 viewers. This page tries again")
+    other.wait_for_notice("the server is full: it takes 1 viewers. This page tries")
     tab.page.goto("about:blank")
     other.wait_for("live")
     assert other.text("#notice") == ""
