@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -23,6 +24,8 @@ import pytest
 from clickhouse_http import ClickHouseProcess
 from tornado.httpclient import HTTPClientError, HTTPRequest
 from tornado.websocket import WebSocketClosedError, websocket_connect
+
+import producer
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = ["timestamp", "ticker", "client", "open", "high", "low", "close", "volume", "date"]
@@ -333,29 +336,41 @@ def counted(table):
 
 
 class Database:
-    """A database of its own on the ClickHouse of the test run."""
+    """A database of its own on a ClickHouse; it is not created yet."""
 
-    def __init__(self, process):
+    def __init__(self, process, name=None):
         self.process = process
-        self.name = f"test_{uuid.uuid4().hex[:8]}"
+        self.name = name or f"test_{uuid.uuid4().hex[:8]}"
         self.dsn = process.dsn_of(self.name)
 
-    def connect(self):
+    @functools.cached_property
+    def client(self):
         return clickhouse_connect.get_client(dsn=self.process.dsn_of(), compress=False)
+
+    def create_table(self):
+        """Create the database and the empty table, as the producer does."""
+        producer.create_table(self.client, self.name)
 
     def command(self, sql):
         """Run SQL in which `stock_values` is named without its database."""
-        with contextlib.closing(self.connect()) as client:
-            return client.command(sql.replace("stock_values", f"{self.name}.stock_values"))
+        return self.client.command(sql.replace("stock_values", f"{self.name}.stock_values"))
+
+    def ask(self, sql, **options):
+        """Return the rows of an answer as tuples; `stock_values` is named without its database."""
+        sql = sql.replace("stock_values", f"{self.name}.stock_values")
+        return [tuple(row) for row in self.client.query(sql, **options).result_rows]
 
     def rows(self, order=""):
         """All rows of stock_values as ClickHouse has them; see `counted`."""
-        with contextlib.closing(self.connect()) as client:
-            sql = f"SELECT {', '.join(COLUMNS)} FROM {self.name}.stock_values {order}"
-            return counted(client.query_arrow(sql))
+        sql = f"SELECT {', '.join(COLUMNS)} FROM {self.name}.stock_values {order}"
+        return counted(self.client.query_arrow(sql))
 
     def count(self):
         return int(self.command("SELECT count() FROM stock_values"))
+
+    def drop(self):
+        self.client.command(f"DROP DATABASE IF EXISTS {self.name}")
+        self.client.close()
 
 
 @pytest.fixture(scope="session")
@@ -370,8 +385,14 @@ def database(clickhouse):
     """A database name that no other test uses; the producer creates it."""
     made = Database(clickhouse)
     yield made
-    with contextlib.closing(made.connect()) as client:
-        client.command(f"DROP DATABASE IF EXISTS {made.name}")
+    made.drop()
+
+
+@pytest.fixture
+def table(database):
+    """A database with the empty table in it."""
+    database.create_table()
+    return database
 
 
 @pytest.fixture

@@ -189,8 +189,7 @@ class Soak:
     def came_after(self, block):
         columns = ", ".join(["_block_number", *producer.COLUMNS])
         sql = f"SELECT {columns} FROM {producer.full_name(self.database.name)}"
-        with contextlib.closing(self.database.connect()) as client:
-            return client.query_arrow(f"{sql} WHERE _block_number > {block}")
+        return self.database.client.query_arrow(f"{sql} WHERE _block_number > {block}")
 
     def wait_for_viewers(self):
         """Return the newest rows, once each viewer has them, or should have them."""

@@ -155,7 +155,7 @@ class Source:
     def __init__(self, database, schema, name="trades", clause="", settings=BLOCK_NUMBERS):
         self.name, self.limit = name, LIMIT
         self.ring = ("slot__", "arrival_") if "slot" in schema else ("slot", "arrival")
-        self.client = database.connect()
+        self.client = database.client
         self.full_name = f"{identifier(database.name)}.{identifier(name)}"
         self.columns = {"n": PLAIN} | {c: shown for c, (_, shown, _) in schema.items()}
         self.inserted = 0
@@ -315,8 +315,9 @@ def test_what_cannot_be_followed_ends_the_server_with_one_line_that_says_why(dat
     scripts = {}
     for engine, statement in REFUSED.items():
         name = f"{database.name}.{engine}"
-        with contextlib.closing(database.connect()) as client:
-            client.command(statement.format(name).replace(" trades", f" {database.name}.trades"))
+        database.client.command(
+            statement.format(name).replace(" trades", f" {database.name}.trades")
+        )
         options = ("--dsn", database.dsn, "--table", engine, "--port", free_port())
         scripts[engine] = start(Script, "perspective_server.py", *options)
     for engine, script in scripts.items():

@@ -183,7 +183,7 @@ def test_a_table_with_more_columns_fits_after_the_alter_that_the_error_gives(pro
     columns = f"venue String, {ALL_COLUMNS}, extra UInt8"
     create(database, columns, FITS.replace(BLOCKS, "enable_block_number_column = 0"))
     error = error_of(produce(database.dsn))
-    database.connect().command(error[error.index("ALTER TABLE") :])
+    database.client.command(error[error.index("ALTER TABLE") :])
     assert produce(database.dsn, "--rows", 10, "--batches", 1, "--seed", 1).wait() == 0
     assert stored(database) == drawn(1, 10, 1)
 

@@ -1,6 +1,5 @@
 """What README.md says: its snippets stand in the files, and its commands do what it promises."""
 
-import contextlib
 import re
 import shutil
 import subprocess
@@ -70,56 +69,52 @@ def test_the_mirror_in_python_runs_as_it_stands(database, start, tmp_path):
 
 def test_statements_for_tables_that_exist(database):
     """The ALTER for block numbers, the new table with index settings, and the TTL."""
-    with contextlib.closing(database.connect()) as client:
-        client.command(f"CREATE DATABASE {database.name}")
-        for table in ("trades", "stock_values"):
-            client.command(
-                f"CREATE TABLE {database.name}.{table} (timestamp DateTime64(3), id UInt64)"
-                " ENGINE = MergeTree ORDER BY timestamp"
-            )
+    client = database.client
+    client.command(f"CREATE DATABASE {database.name}")
+    for table in ("trades", "stock_values"):
         client.command(
-            f"INSERT INTO {database.name}.trades SELECT now64(3), number FROM numbers(9)"
+            f"CREATE TABLE {database.name}.{table} (timestamp DateTime64(3), id UInt64)"
+            " ENGINE = MergeTree ORDER BY timestamp"
         )
-        ran = 0
-        for sql in statements(section("Your own table")) + statements(
-            section("Your own ClickHouse")
-        ):
-            if "temperatures" not in sql and "viewer" not in sql:
-                client.command(re.sub(r"\b(mydb|test)\.", f"{database.name}.", sql))
-                ran += 1
-        assert ran == 5
-        assert client.command(f"SELECT count() FROM {database.name}.trades") == 9
-        definition = client.command(f"SHOW CREATE TABLE {database.name}.trades")
-        assert "with_block_number_offset" in definition
-        assert "TTL" in client.command(f"SHOW CREATE TABLE {database.name}.stock_values")
+    client.command(f"INSERT INTO {database.name}.trades SELECT now64(3), number FROM numbers(9)")
+    ran = 0
+    for sql in statements(section("Your own table")) + statements(section("Your own ClickHouse")):
+        if "temperatures" not in sql and "viewer" not in sql:
+            client.command(re.sub(r"\b(mydb|test)\.", f"{database.name}.", sql))
+            ran += 1
+    assert ran == 5
+    assert client.command(f"SELECT count() FROM {database.name}.trades") == 9
+    definition = client.command(f"SHOW CREATE TABLE {database.name}.trades")
+    assert "with_block_number_offset" in definition
+    assert "TTL" in client.command(f"SHOW CREATE TABLE {database.name}.stock_values")
 
 
 def test_a_dashboard_of_ones_own(database, start, visit, tmp_path):
     """From CREATE TABLE to the picture, with the edits that the README gives."""
-    with contextlib.closing(database.connect()) as client:
-        client.command(f"CREATE DATABASE {database.name}")
-        client.command(marked("own table").replace("test.", f"{database.name}."))
-        for name in ("producer.py", "perspective_server.py", "prsp-viewer.html"):
-            shutil.copy(ROOT / name, tmp_path)
-        replace(tmp_path / "perspective_server.py", marked("own rollup"), "ROLLUPS = ", "\n\n\n")
-        page = tmp_path / "prsp-viewer.html"
-        panels, layout = marked("own panels").split("const layout")
-        replace(page, panels, "const panels = ", "\n};\n")
-        replace(page, "const layout" + layout, "const layout = ", "\n};\n")
-        server = start(
-            Server,
-            *("--dsn", database.dsn, "--table", "temperatures"),
-            script=tmp_path / "perspective_server.py",
-        )
-        mirror = start(Mirror, server.url, "temperatures")
-        client.command(
-            f"INSERT INTO {database.name}.temperatures"
-            " SELECT now64(3) - number * 10, concat('s', toString(number % 3)), 20 + number % 5"
-            " FROM numbers(60)"
-        )
-        expected = client.command(
-            f"SELECT uniqExact(sensor, toStartOfMinute(at)) FROM {database.name}.temperatures"
-        )
+    client = database.client
+    client.command(f"CREATE DATABASE {database.name}")
+    client.command(marked("own table").replace("test.", f"{database.name}."))
+    for name in ("producer.py", "perspective_server.py", "prsp-viewer.html"):
+        shutil.copy(ROOT / name, tmp_path)
+    replace(tmp_path / "perspective_server.py", marked("own rollup"), "ROLLUPS = ", "\n\n\n")
+    page = tmp_path / "prsp-viewer.html"
+    panels, layout = marked("own panels").split("const layout")
+    replace(page, panels, "const panels = ", "\n};\n")
+    replace(page, "const layout" + layout, "const layout = ", "\n};\n")
+    server = start(
+        Server,
+        *("--dsn", database.dsn, "--table", "temperatures"),
+        script=tmp_path / "perspective_server.py",
+    )
+    mirror = start(Mirror, server.url, "temperatures")
+    client.command(
+        f"INSERT INTO {database.name}.temperatures"
+        " SELECT now64(3) - number * 10, concat('s', toString(number % 3)), 20 + number % 5"
+        " FROM numbers(60)"
+    )
+    expected = client.command(
+        f"SELECT uniqExact(sensor, toStartOfMinute(at)) FROM {database.name}.temperatures"
+    )
     wait_until(lambda: len(mirror.table("temperatures_minutes")) == expected, 20)
     mirror.wait_for_rows(60)
     tab = visit(server.url, None)

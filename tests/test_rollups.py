@@ -4,7 +4,6 @@ Most tests run a copy of the server whose rollups may run five times a second.
 """
 
 import collections
-import contextlib
 import functools
 import random
 import re
@@ -13,7 +12,7 @@ import time
 
 import pytest
 from conftest import ROOT, Script, wait_until
-from test_tail import HOUR, create_table, follow, now_ms, use_one_client
+from test_tail import HOUR, follow, now_ms
 
 from producer import COLUMNS as COLUMN_TYPES
 
@@ -50,19 +49,17 @@ def draw(seed, rows, start, end):
 
 
 def insert(database, ticks, into="stock_values"):
-    with contextlib.closing(database.connect()) as client:
-        columns = ["timestamp", *Tick._fields[1:]]
-        client.insert(into, ticks, database=database.name, column_names=columns)
+    columns = ["timestamp", *Tick._fields[1:]]
+    database.client.insert(into, ticks, database=database.name, column_names=columns)
 
 
 def ticks_of(database):
     """All ticks that count, in the order of their time, then of their arrival."""
     names = ", ".join(f"{name}" for name in Tick._fields[1:])
-    with contextlib.closing(database.connect()) as client:
-        rows = client.query(
-            f"SELECT toUnixTimestamp64Milli(timestamp) AS ms, {names}"
-            f" FROM {database.name}.stock_values ORDER BY ms, _block_number, _block_offset"
-        ).result_rows
+    rows = database.ask(
+        f"SELECT toUnixTimestamp64Milli(timestamp) AS ms, {names}"
+        " FROM stock_values ORDER BY ms, _block_number, _block_offset"
+    )
     first, last = 946_684_800_000, now_ms() + MINUTE  # from the year 2000 on
     return [Tick(*row) for row in rows if first <= row[0] <= last]
 
@@ -153,13 +150,6 @@ def edited(folder, entries=""):
     copy = folder / "perspective_server.py"
     copy.write_text(text.replace(begin, begin + entries))
     return copy
-
-
-@pytest.fixture
-def table(database):
-    """A database with the empty table in it."""
-    create_table(database)
-    return use_one_client(database)
 
 
 @pytest.fixture
@@ -275,20 +265,18 @@ def test_history_table_is_where_the_history_comes_from(table, start, quick):
     now, name = now_ms(), table.name
     ticks = sorted(Tick(now - i * 7919, *t[1:]) for i, t in enumerate(draw(1, 300, 0, 100)))
     columns = ", ".join(f"{name} {kind}" for name, kind in COLUMN_TYPES.items())
-    with contextlib.closing(table.connect()) as client:
-        for part in ("part_1", "part_2"):
-            engine = "MergeTree ORDER BY timestamp"
-            client.command(f"CREATE TABLE {name}.{part} ({columns}) ENGINE = {engine}")
-        client.command(
-            f"CREATE TABLE {name}.all AS {name}.part_1 ENGINE = Merge('{name}', '^part_')"
-        )
-        insert(table, ticks[:200], "part_1")
-        _, [mirror] = follow(start, table.dsn, "--history-table", f"{name}.all", script=quick)
-        agree(table, mirror, ["history"], ticks[:200])
-        insert(table, [Tick(now, "LIVE", "x")])
-        agree(table, mirror, ["tickers", "candles"])
-        insert(table, ticks[200:], "part_2")
-        agree(table, mirror, ["history"], ticks)
+    client = table.client
+    for part in ("part_1", "part_2"):
+        engine = "MergeTree ORDER BY timestamp"
+        client.command(f"CREATE TABLE {name}.{part} ({columns}) ENGINE = {engine}")
+    client.command(f"CREATE TABLE {name}.all AS {name}.part_1 ENGINE = Merge('{name}', '^part_')")
+    insert(table, ticks[:200], "part_1")
+    _, [mirror] = follow(start, table.dsn, "--history-table", f"{name}.all", script=quick)
+    agree(table, mirror, ["history"], ticks[:200])
+    insert(table, [Tick(now, "LIVE", "x")])
+    agree(table, mirror, ["tickers", "candles"])
+    insert(table, ticks[200:], "part_2")
+    agree(table, mirror, ["history"], ticks)
 
 
 # ---------------------------------------------------------------------------------------------

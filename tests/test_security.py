@@ -22,8 +22,6 @@ import pytest
 from conftest import ROOT, Connection, Database, Mirror, Script, Server, free_port, wait_until
 from tornado.websocket import WebSocketClosedError
 
-import producer
-
 TABLE = "stock_values"
 # Requests of Perspective's protocol (perspective.proto), the tag of its error, and ids of messages.
 FEATURES, HOSTED_TABLES, MAKE_VIEW, SCHEMA, SIZE, DELETE_VIEW, TO_ARROW = 3, 4, 6, 7, 8, 11, 16
@@ -134,8 +132,7 @@ def frame(message):
 @pytest.fixture(scope="module")
 def service(clickhouse):
     database = Database(clickhouse)
-    with contextlib.closing(producer.connect(database.dsn)) as client:
-        producer.create_table(client, database.name)
+    database.create_table()
     server = Server("--dsn", database.dsn, "--interval", 0.1, "--limit", 200_000)
     mirror = Mirror(server.url)
     wait_until(lambda: mirror.snapshots, 30, lambda: server.output)
@@ -144,7 +141,7 @@ def service(clickhouse):
     mirror.close()
     for script in (ticks, server):
         script.stop(seconds=20)
-    database.command(f"DROP DATABASE {database.name}")
+    database.drop()
     assert "Traceback" not in server.output
 
 

@@ -20,16 +20,9 @@ from clickhouse_http import ClickHouseProcess
 from conftest import ROOT, Connection, Database, Mirror, Script, Server, free_port, wait_until
 from proxy import Proxy
 
-import producer
-
 FIGURES = {"rows", "delivered", "rows_per_second", "lag_ms", "poll_ms", "viewers"}
 STATUS = "stock_values_status"
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-
-
-def create_table(database):
-    with contextlib.closing(producer.connect(database.dsn)) as client:
-        producer.create_table(client, database.name)
 
 
 def insert(database, rows, age_ms=0):
@@ -39,19 +32,6 @@ def insert(database, rows, age_ms=0):
         f"INSERT INTO stock_values SELECT fromUnixTimestamp64Milli(toInt64({newest} - number),"
         f" 'UTC') AS time, 'AAPL.N', 'Homer', 2, 3, 1, 2.5, number, time FROM numbers({rows})"
     )
-
-
-@pytest.fixture
-def table(database):
-    create_table(database)
-    return database
-
-
-def own_database(process):
-    """The database `test` of a ClickHouse that a test has for itself."""
-    database = Database(process)
-    database.name, database.dsn = "test", process.dsn
-    return database
 
 
 def requests_through(proxy):
@@ -87,7 +67,7 @@ def wait_for_report(server, mirror, seconds=30, **expected):
 
 def test_health_tells_the_truth_whatever_happens_to_clickhouse(tmp_path, start):
     process = ClickHouseProcess(tmp_path / "data", port=free_port())
-    database = own_database(process)
+    database = Database(process, "test")
     process.password = "another"
     process.start()
     with contextlib.ExitStack() as cleanup:
@@ -107,7 +87,7 @@ def test_health_tells_the_truth_whatever_happens_to_clickhouse(tmp_path, start):
         process.password = "admin1234"
         process.start()
         wait_for_report(server, mirror, clickhouse="no table", table="stock_values", **nothing)
-        create_table(database)
+        database.create_table()
         wait_for_report(server, mirror, clickhouse="up", **nothing)
         insert(database, 300)
         wait_for_report(server, mirror, clickhouse="up", rows=300, delivered=300)
@@ -218,13 +198,13 @@ def guarded(tmp_path_factory):
     users = {f"readonly_{n}": reader | {"settings": {"readonly": n}} for n in (1, 2)}
     users["readme"] = {"password": "s3cret", "grants": [f"SELECT ON {name}" for name in GRANTED]}
     with ClickHouseProcess(tmp_path_factory.mktemp("guarded"), users=users) as process:
-        create_table(own_database(process))
+        Database(process, "test").create_table()
         yield process
 
 
 @pytest.mark.parametrize("user", ["readonly_1", "readonly_2", "readme"])
 def test_a_user_who_may_only_read_is_enough_and_polling_is_not_logged(guarded, start, user):
-    database, heads = own_database(guarded), []
+    database, heads = Database(guarded, "test"), []
     with Proxy(guarded.port) as proxy:
         proxy.delay(0, when=heads.append)
         dsn = guarded.dsn_of("test", user, port=proxy.port)
@@ -535,7 +515,7 @@ def test_embedded_keeps_every_row_even_when_killed(start, tmp_path):
             else:
                 ends_well(server, signal.SIGTERM)
     with ClickHouseProcess(path) as process:
-        assert rows <= own_database(process).rows()
+        assert rows <= Database(process, "test").rows()
 
 
 def test_viewers_of_two_servers_behind_a_proxy_agree(table, start):

@@ -5,7 +5,6 @@ came. Where nothing but inserts happened, `Mirror.received` shows besides that e
 delta, once, and `Mirror.removals` that no window was replaced.
 """
 
-import contextlib
 import itertools
 import signal
 import time
@@ -42,14 +41,12 @@ def insert(database, rows=100, at=None, step=1, into="stock_values"):
 def newest(database, limit=25_000):
     """The newest rows in ClickHouse by block and offset, oldest first."""
     sql = (
-        f"SELECT {COLUMNS_SQL} FROM {database.name}.stock_values"
+        f"SELECT {COLUMNS_SQL} FROM stock_values"
         f" ORDER BY _block_number DESC, _block_offset DESC LIMIT {limit}"
     )
     # ClickHouse 26.9 cannot use the index of block numbers after a lightweight UPDATE.
     settings = {"use_skip_indexes": 0, "optimize_move_to_prewhere": 0}
-    with contextlib.closing(database.connect()) as client:
-        rows = client.query(sql, settings=settings).result_rows
-    return [tuple(row) for row in reversed(rows)]
+    return database.ask(sql, settings=settings)[::-1]
 
 
 def arrived(mirror):
@@ -87,25 +84,6 @@ def wait_for_state(server, state):
     assert server.get("/healthz")[0] == (200 if state == "up" else 503)
 
 
-def create_table(database):
-    with contextlib.closing(producer.connect(database.dsn)) as client:
-        producer.create_table(client, database.name)
-
-
-def use_one_client(database):
-    """Connecting takes longer than most commands."""
-    client = database.connect()
-    database.connect = lambda: client
-    return database
-
-
-@pytest.fixture
-def table(database):
-    """A database with the empty table in it."""
-    create_table(database)
-    return use_one_client(database)
-
-
 @pytest.fixture
 def fragile(tmp_path):
     """A ClickHouse of this test's own, to be killed; it is not started yet."""
@@ -140,7 +118,7 @@ OLDER_SETTINGS = "enable_block_number_column = 1, enable_block_offset_column = 1
 @pytest.mark.parametrize("clause", ["", "PARTITION BY toDate(timestamp)"])
 def test_old_and_new_timestamps_in_a_table_of_any_kind(database, start, clause):
     """In the producer's table; and in a partitioned one, as an older ClickHouse would make it."""
-    create_table(database)
+    database.create_table()
     if clause:
         columns = ", ".join(f"{name} {kind}" for name, kind in producer.COLUMNS.items())
         database.command("DROP TABLE stock_values SYNC")
@@ -148,7 +126,6 @@ def test_old_and_new_timestamps_in_a_table_of_any_kind(database, start, clause):
             f"CREATE TABLE stock_values ({columns}) ENGINE = MergeTree {clause}"
             f" ORDER BY (timestamp, ticker) SETTINGS {OLDER_SETTINGS}"
         )
-    use_one_client(database)
     insert(database, 10)
     server, mirrors = follow(start, database.dsn, mirrors=2)
     database.command("TRUNCATE TABLE stock_values")
@@ -241,8 +218,7 @@ CHANGES = {
 def followed(clickhouse):
     """A database, and a server and two viewers who stay through all changes."""
     database = Database(clickhouse)
-    create_table(database)
-    use_one_client(database)
+    database.create_table()
     started = []
 
     def start(kind, *arguments, **options):
@@ -254,7 +230,7 @@ def followed(clickhouse):
     for mirror in mirrors:
         mirror.close()
     server.kill()
-    database.command(f"DROP DATABASE {database.name}")
+    database.drop()
 
 
 @pytest.mark.parametrize("at_once", [False, True], ids=["polled between", "in one poll"])
@@ -263,7 +239,7 @@ def test_viewers_agree_after(followed, change, at_once):
     database, server, mirrors = followed
     for name in ("stock_values", "stock_values_other"):
         database.command(f"DROP TABLE IF EXISTS {name} SYNC")
-    create_table(database)
+    database.create_table()
     for at in (0, -1000, -2000, -48 * HOUR):
         insert(database, 100, now_ms() + at)
     agree(database, mirrors)
@@ -273,7 +249,7 @@ def test_viewers_agree_after(followed, change, at_once):
         server.process.send_signal(signal.SIGSTOP)
     for step in CHANGES[change]:
         if step == "create":
-            create_table(database)
+            database.create_table()
         elif isinstance(step, int):
             insert(database, step)
         else:
@@ -494,10 +470,8 @@ def test_started_before_clickhouse_the_database_and_the_table(fragile, start):
     wait_for_state(server, "down")
     fragile.start()
     wait_for_state(server, "no table")
-    database = Database(fragile)
-    database.name = "test"
-    with contextlib.closing(database.connect()) as client:
-        client.command("CREATE DATABASE test")
+    database = Database(fragile, "test")
+    database.command("CREATE DATABASE test")
     script = start(Script, "producer.py", "--dsn", fragile.dsn, "--batches", 4)
     assert script.wait() == 0
     mirror.wait_for_rows(1000)
@@ -522,7 +496,7 @@ def test_a_viewer_who_comes_while_the_table_is_made(table, start):
 def test_clickhouse_the_server_and_a_producer_are_killed(fragile, start):
     fragile.start()
     database = Database(fragile)
-    create_table(database)
+    database.create_table()
     server, mirrors = follow(start, database.dsn, mirrors=3)
     options = ["--dsn", database.dsn, "--rows", 50, "--interval", 0.05]
     producers = [start(Script, "producer.py", *options) for _ in range(2)]

@@ -65,7 +65,7 @@ def site(clickhouse):
     yield site
     site.server.kill()
     site.producer.kill()
-    site.database.command(f"DROP DATABASE {site.database.name}")
+    site.database.drop()
 
 
 class Link(Proxy):
@@ -128,13 +128,6 @@ def fill(database, rows, span_ms=60_000):
     maker.client.close()
 
 
-def ask(database, sql):
-    """Rows of an answer, as lists; `stock_values` is named without its database."""
-    with contextlib.closing(database.connect()) as client:
-        table = f"{database.name}.stock_values"
-        return [list(row) for row in client.query(sql.replace("stock_values", table)).result_rows]
-
-
 # ---------------------------------------------------------------------------------------------
 # What is shown.
 
@@ -187,7 +180,7 @@ def test_every_panel_draws_and_moves_and_agrees_with_sql(site, start, visit):
 
     with site.paused():
         for panel, sql in BY_SQL.items():
-            names, expected = panels[panel]["columns"], ask(site.database, sql)
+            names, expected = panels[panel]["columns"], site.database.ask(sql)
             assert len(expected) > 2
 
             def agrees(panel=panel, names=names, expected=expected):
@@ -204,21 +197,20 @@ def test_every_panel_draws_and_moves_and_agrees_with_sql(site, start, visit):
             wait_until(agrees, 30, f"{panel} as SQL gives it")
         tickers = [
             [f"{last:,.2f}", f"{100 * change:+.2f}%", f"{high:,.2f}", f"{low:,.2f}", f"{volume:,}"]
-            for _, last, change, high, low, volume in ask(site.database, BY_SQL["tickers"])
+            for _, last, change, high, low, volume in site.database.ask(BY_SQL["tickers"])
         ]
         wait_until(lambda: [row[1:] for row in tab.cells("tickers")] == tickers, 30, tickers)
 
         # The history runs every 30 seconds, and when the server starts.
         server.kill()
         start(Server, *site.options, port=server.port)
-        [[ticks, volume]] = ask(site.database, "SELECT count(), sum(volume) FROM stock_values")
+        [[ticks, volume]] = site.database.ask("SELECT count(), sum(volume) FROM stock_values")
         assert ticks > before
         wait_until(lambda: total_ticks(tab) == ticks, 45, f"{ticks} ticks in the history")
         assert tab.cells("historyTable")[0][-1] == f"{volume:,}"
         rows = {tuple(row["__ROW_PATH__"]): row for row in tab.rows("historyTable")}
         # Several ticks may share the last millisecond.
-        for ticker, closes in ask(
-            site.database,
+        for ticker, closes in site.database.ask(
             "SELECT ticker, groupArray(close) FROM stock_values WHERE (ticker, timestamp) IN"
             " (SELECT ticker, max(timestamp) FROM stock_values GROUP BY ticker) GROUP BY ticker",
         ):
@@ -387,18 +379,18 @@ def test_six_grouped_panels_stay_right_through_replacements(database, start, vis
     def leaves(rows, group):
         """The sums and counts of the groups, in the order of SQL."""
         return sorted(
-            [*row["__ROW_PATH__"], row["volume"], row["ticker"]]
+            (*row["__ROW_PATH__"], row["volume"], row["ticker"])
             for row in rows
             if len(row["__ROW_PATH__"]) == len(group)
         )
 
     def check():
-        [[volume, count]] = ask(database, "SELECT sum(volume), count() FROM stock_values")
+        [[volume, count]] = database.ask("SELECT sum(volume), count() FROM stock_values")
         allowed.add(f"TOTAL {volume or ''} {count:,}")
         for panel, group in zip(panels, GROUPS, strict=True):
             keys = ", ".join(group).replace("close", "toFloat64(close)")
             sql = f"SELECT {keys}, sum(volume), count() FROM stock_values GROUP BY {keys}"
-            expected = sorted(ask(database, sql))
+            expected = sorted(database.ask(sql))
             assert bool(expected) == bool(count)
             wait_until(lambda p=panel, g=group, e=expected: leaves(tab.rows(p), g) == e, 30, sql)
             assert leaves(tab.fresh_rows(panel), group) == expected
@@ -479,7 +471,7 @@ def test_the_page_keeps_up_with_100_000_rows_a_second(database, start, visit):
         ages.append(newest_age(tab))
     assert sorted(ages)[len(ages) // 2] < 5, ages
     making.stop()
-    [[expected]] = ask(database, f"SELECT sum(volume) FROM (SELECT volume {WINDOW} 25000)")
+    [[expected]] = database.ask(f"SELECT sum(volume) FROM (SELECT volume {WINDOW} 25000)")
     wait_until(lambda: sum(row["volume"] for row in tab.rows()) == expected, 30, "newest rows")
 
 
