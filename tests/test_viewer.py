@@ -152,6 +152,11 @@ TEXTS = {
 }
 
 
+def signed(change):
+    """A change in per cent, with a sign unless it is zero."""
+    return re.sub(r"[+-](?=0\.00%)", "", f"{100 * change:+.2f}%")
+
+
 def total_ticks(tab):
     """The number of ticks in the first row of the history's grid."""
     rows = tab.cells("historyTable")
@@ -196,7 +201,7 @@ def test_every_panel_draws_and_moves_and_agrees_with_sql(site, start, visit):
 
             wait_until(agrees, 30, f"{panel} as SQL gives it")
         tickers = [
-            [f"{last:,.2f}", f"{100 * change:+.2f}%", f"{high:,.2f}", f"{low:,.2f}", f"{volume:,}"]
+            [f"{last:,.2f}", signed(change), f"{high:,.2f}", f"{low:,.2f}", f"{volume:,}"]
             for _, last, change, high, low, volume in site.database.ask(BY_SQL["tickers"])
         ]
         wait_until(lambda: [row[1:] for row in tab.cells("tickers")] == tickers, 30, tickers)
