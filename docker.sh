@@ -57,7 +57,7 @@ answers_a_query() (
   [[ $answer == "HTTP/1."?" 200 "* && $answer == *$'\n1\n'* ]]
 )
 
-[ $# -eq 0 ] || { echo "usage: ./docker.sh (no arguments; its first lines explain it)" >&2; exit 2; }
+[ $# -eq 0 ] || { echo "usage: ./docker.sh (no arguments; see its first lines)" >&2; exit 2; }
 for name_value in "HTTP_PORT=$http_port" "NATIVE_PORT=$native_port" "WAIT=$wait_seconds"; do
   [[ $name_value =~ =[1-9][0-9]*$ ]] || fail "not a positive whole number: CLICKHOUSE_$name_value"
 done
@@ -74,7 +74,7 @@ if ! docker pull "$image"; then
 fi
 if docker container inspect "$name" >/dev/null 2>&1; then
   echo "Removing the container $name of an earlier start, and its data."
-  docker rm --force --volumes "$name" >/dev/null || fail "cannot remove the container: try docker rm --force $name"
+  docker rm --force --volumes "$name" >/dev/null || fail "cannot remove the container $name"
 fi
 if ! run_container --ulimit nofile=262144:262144; then
   [[ $problem == *rlimit* ]] || cannot_start
@@ -97,4 +97,4 @@ echo "ClickHouse is ready. Next, each in a terminal of its own:"
 [ "$http_port" = 8123 ] ||
   echo "  export CLICKHOUSE_DSN=clickhouse://admin:admin1234@localhost:$http_port/test"
 printf '  %s\n' "python producer.py" "python perspective_server.py"
-echo "After a reboot: docker start $name. To delete it and its data: docker rm --force --volumes $name"
+echo "After a reboot: docker start $name. To delete it: docker rm --force --volumes $name"

@@ -659,7 +659,6 @@ class Relay:
         self.viewers = set()
         self.snapshots = {}  # futures by table, until its next change
         self.max_unread = 4 << 20  # bytes
-        self.remade = 0  # how often all tables were made anew
 
     def host(self, tables):
         """Make all tables but the status anew: {name: (Arrow stream, name of the index)}.
@@ -676,7 +675,6 @@ class Relay:
                 self.add_table(name, rows, index)
         if outdated:
             self.loop.call_soon_threadsafe(self.disconnect_viewers)
-            self.remade += 1
 
     def add_table(self, name, rows, index):
         table = self.client.table(rows, name=name, index=index)
@@ -719,16 +717,15 @@ class Relay:
         self.status_name = f"{tail.table}_status"
         page = hashlib.sha256(PAGE.read_bytes()).hexdigest()[:8]
         self.version = f"Perspective {perspective.__version__}, page {page}"
-        types = dict.fromkeys([*tail.health(), "time", "remade"], "float")
+        types = dict.fromkeys([*tail.health(), "time"], "float")
         types |= dict.fromkeys(("clickhouse", "table", "columns", "version"), "string")
         self.add_table(self.status_name, types, "table")
         self.publish_status(tail)
 
     def publish_status(self, tail):
         columns = json.dumps([*map(shown_name, tail.columns), *tail.ring])
-        more = {"columns": columns, "version": self.version, "remade": self.remade}
-        status = tail.health() | more | {"time": round(time.time() * 1000)}
-        self.tables[self.status_name].update([status])
+        more = {"columns": columns, "version": self.version, "time": round(time.time() * 1000)}
+        self.tables[self.status_name].update([tail.health() | more])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -743,14 +740,14 @@ class Relay:
 FEATURES, HOSTED_TABLES, SCHEMA, SIZE = 3, 4, 7, 8
 MAKE_VIEW, DELETE_VIEW, TO_ARROW, SERVER_ERROR = 6, 11, 16, 50
 ON_UPDATE, CANCEL_UPDATE, ON_REMOVE, CANCEL_REMOVE = 21, 22, 39, 40
-ENGINE_REQUESTS = (FEATURES, HOSTED_TABLES, SCHEMA, SIZE)  # for the engine
+ENGINE_REQUESTS = (FEATURES, HOSTED_TABLES, SCHEMA, SIZE)
 REQUESTS = (*ENGINE_REQUESTS, MAKE_VIEW, DELETE_VIEW, TO_ARROW)
 REQUESTS += (ON_UPDATE, CANCEL_UPDATE, ON_REMOVE, CANCEL_REMOVE)
 
 MAX_VIEWERS = 2000
 MAX_VIEWS = 20  # of one viewer; the dashboard has five
 MAX_MESSAGE = 4096  # bytes from a viewer; the dashboard's are below 100
-UNREAD_SNAPSHOTS = 4  # as many bytes as so many snapshots may be unread by a viewer
+UNREAD_SNAPSHOTS = 4  # a viewer may have the bytes of this many unread
 PING_SECONDS = 60  # a viewer that answers no ping for so long is gone
 REQUEST_SHARE = 0.1  # of the time that one viewer's requests may take
 
@@ -975,7 +972,7 @@ class HealthHandler(Handler):
 
 
 def make_app(relay, tail, address, origins):
-    """Return the routes, for the configured host names only.
+    """Return the application, which answers to the configured host names only.
 
     A foreign name that somebody points at this address (DNS rebinding) gets nothing.
     """

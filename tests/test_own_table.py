@@ -494,7 +494,9 @@ def test_the_page_stays_when_tables_are_made_anew_for_too_many_texts(
     tab.page.click("#theme")
     wait_until(lambda: tab.themes()[2] == {"Pro Dark"}, 30, "dark")
     workspace, loaded_at = tab.workspace(), tab.loaded_at()
+    page = tab.page
     for remade in (1, 2, 3):
+        page.evaluate(f"async () => {{ kept = await {VIEWER}.getView({{ panel: 'rows' }}); }}")
         while mirror.snapshots == remade:
             source.insert(1000)
             source.agree(mirror)
@@ -503,6 +505,8 @@ def test_the_page_stays_when_tables_are_made_anew_for_too_many_texts(
         wait_until(lambda n=newest: tab.cells("rows")[:1] == [[f"{n[0]:,}", n[1]]], 30, newest)
         assert time.monotonic() - began < 2
         assert not differences(tab.workspace(), workspace)
+        # With the views of the old tables, their texts are gone.
+        assert page.evaluate("kept.num_rows().then(() => false, () => true)")
     assert tab.loaded_at() == loaded_at
     assert tab.text("#notice") == ""
 

@@ -118,7 +118,6 @@ def test_a_dashboard_of_ones_own(database, start, visit, tmp_path):
     wait_until(lambda: len(mirror.table("temperatures_minutes")) == expected, 20)
     mirror.wait_for_rows(60)
     tab = visit(server.url, None)
-    tab.page.wait_for_selector("perspective-viewer:not(.empty)")
     tab.wait_for_marks("minutes")
 
 
