@@ -16,8 +16,10 @@ import gzip
 import hashlib
 import json
 import logging
+import math
 import os
 import re
+import resource
 import signal
 import sys
 import tempfile
@@ -30,6 +32,7 @@ from urllib.parse import quote, urlsplit
 import clickhouse_connect
 import perspective
 from clickhouse_connect.driver.binding import format_str
+from clickhouse_connect.driver.exceptions import DatabaseError
 from tornado.httpserver import HTTPServer
 from tornado.iostream import StreamBufferFullError
 from tornado.netutil import bind_sockets
@@ -60,7 +63,8 @@ class Rollup(NamedTuple):
 
     In the SQL, {source} stands for the ClickHouse table, {ticks} for the ticks with a plausible
     time, with the columns of TICKS_SQL, and {recent} for the last five minutes of them. It runs
-    when rows have changed, at most every `interval` seconds.
+    when rows have changed, at most every `interval` seconds. Cast integers of 64 bits by toFloat64,
+    and dates and times to DateTime64(3).
     """
 
     name: str
@@ -76,6 +80,7 @@ TEXT_SQL = "replaceAll(toValidUTF8(toString({})), char(0), '\N{REPLACEMENT CHARA
 # block and offset; as one number, because comparing tuples takes ClickHouse five times as long.
 PLAUSIBLE_TIME = """t.timestamp >= toDateTime64('2000-01-01 00:00:00', 3, 'UTC')
         AND t.timestamp <= now64(3) + INTERVAL 1 MINUTE"""
+YEAR_2000 = 946_684_800_000  # ms since 1970
 ARRIVAL_SQL = "toInt128(ms) * 1000000000000000000 + t._block_number * 1000000000 + t._block_offset"
 TICKS_SQL = f"""(
     SELECT
@@ -262,6 +267,8 @@ SETTINGS = {
 }
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # https://arrow.apache.org/docs/format/Columnar.html
 DROPPED_CODES = {60, 81, 218}  # ClickHouse's errors for a dropped table or database
+# And those that may pass: too slow, too many queries, too little memory; None: a broken connection.
+PASSING_CODES = {159, 202, 241, None} | DROPPED_CODES
 IDLE_INTERVAL = 5  # seconds between polls while there are no viewers
 RATE_SECONDS = 10  # over which rows_per_second is counted
 # Perspective never frees a text, so the tables are remade after this many that may be new: about
@@ -271,6 +278,13 @@ MAX_TEXTS = 1_500_000
 
 class TableMissingError(Exception):
     """There is no such table yet."""
+
+
+def may_pass(error):
+    """Return whether the same query may succeed later."""
+    if not isinstance(error, OSError | DatabaseError) or producer.is_fatal(error):
+        return False
+    return getattr(error, "code", None) in PASSING_CODES
 
 
 class Tail:
@@ -315,12 +329,17 @@ class Tail:
         Returns False if the live table may differ from the newest rows afterwards.
         """
         old = self.metadata
+        settings = settings_without_index(now) if now.patch else None
         grown = now.rows - old.rows
+        # With so many rows, the check below cannot tell that others were removed.
+        if grown >= self.limit and self.count_rows(old.head, now, settings) != grown:
+            return False
         skipped = max(0, grown - self.limit)  # rows that this very poll would overwrite
         first = self.arrived + skipped
-        rows = self.read_rows(old.head, now, skipped, first)
+        rows = self.read_rows(old.head, now, skipped, first, settings)
         self.metadata = None  # if Perspective fails half-way, only a fresh window is sure
-        self.relay.tables[self.table].update(rows)
+        with self.relay.changing():
+            self.relay.tables[self.table].update(rows)
         came, expected = self.count_arrived(first), grown - skipped
         inserts_only = came == expected and now.mutations == old.mutations
         # Otherwise rows outside the window may have been deleted, which does not matter here.
@@ -352,12 +371,17 @@ class Tail:
         newest. The first one lies before the window's oldest row and bounds what is counted.
         """
         block, arrived = self.checkpoints[0]
+        count = self.count_rows(block, old, settings_without_index(old))
+        return count == self.arrived - arrived
+
+    def count_rows(self, after, now, settings):
+        """Count the rows of the blocks `after` < number <= head."""
         [(count,)] = self.query(
             f"SELECT count() FROM {self.source}"
-            f" WHERE _block_number > {block} AND _block_number <= {old.head}",
-            settings_without_index(old),
+            f" WHERE _block_number > {after} AND _block_number <= {now.head}",
+            settings,
         )
-        return count == self.arrived - arrived
+        return count
 
     def load_window(self, now):
         """Load the newest rows into the live table; make it if needed."""
@@ -374,15 +398,17 @@ class Tail:
         skipped = max(0, count - self.limit)
         rows = self.read_rows(block - 1, now, skipped, first, settings_without_index(now))
         if replace:
-            self.relay.tables[self.table].replace(rows)
+            with self.relay.changing():
+                self.relay.tables[self.table].replace(rows)
             log.info("the table was changed by more than inserts: reloaded the window")
         else:
             self.make_tables(rows)
+            self.hosted_columns = columns
         self.checkpoints = collections.deque([(block - 1, first - skipped)])
         came = self.count_arrived(first)
         self.move_cursor(now, first + came, came)
         if not replace:
-            self.hosted_columns, self.texts = columns, 0
+            self.texts = 0  # a large window alone must not reach MAX_TEXTS
 
     def make_tables(self, rows):
         """Make all tables anew, the live one last, so that a viewer who sees it sees all."""
@@ -391,8 +417,12 @@ class Tail:
         for rollup in self.rollups:
             try:
                 empty = self.read_arrow(rollup_sql(rollup, nothing))
+                with self.relay.lock:  # raises if Perspective has no such type, or no such index
+                    self.relay.client.table(empty, index=rollup.index).delete()
                 tables[f"{self.table}_{rollup.name}"] = empty, rollup.index
             except Exception as error:
+                if may_pass(error):
+                    raise  # the next poll makes all tables
                 log.warning("going on without rollup %s: %s", rollup.name, explain(error))
         self.relay.host(tables | {self.table: (rows, self.ring[0])})
         self.relay.publish_status(self)
@@ -420,26 +450,29 @@ class Tail:
         low_cardinality = re.compile(r"LowCardinality|(Nullable\()?(Enum|Bool)")  # have few texts
         kinds = [kind for kind in self.columns.values() if not low_cardinality.match(kind)]
         self.texts += came * sum("toString" in select_safely("", kind) for kind in kinds)
-        self.rows = self.relay.tables[self.table].size()
+        with self.relay.lock:
+            self.rows = self.relay.tables[self.table].size()
         self.delivered += came
         self.deliveries.append((time.monotonic(), came))
         if came and self.columns.get("timestamp", "").startswith("DateTime64"):
             self.lag_ms = self.measure_lag()
 
     def measure_lag(self):
-        """Age in ms of the newest tick that counts; None if the window has none."""
-        newest = self.relay.views[self.table].get_min_max("timestamp")[1]
+        """Age in ms of the newest tick with a plausible time; None if the window has none."""
+        newest = self.relay.greatest(self.table, "timestamp")
         now = time.time() * 1000
         if newest and newest > now + 60_000:  # stamped by a wrong clock
             [(newest,)] = self.query(
                 f"SELECT toUnixTimestamp64Milli(max(t.timestamp)) FROM {self.source} AS t"
-                f" WHERE {PLAUSIBLE_TIME} AND _block_number > {self.checkpoints[0][0]}"
+                f" WHERE {PLAUSIBLE_TIME} AND _block_number > {self.checkpoints[0][0]}",
+                settings_without_index(self.metadata) if self.metadata.patch else None,
             )
-        return round(max(0, now - newest)) if newest else None
+        plausible = newest and newest >= YEAR_2000
+        return round(max(0, now - newest)) if plausible else None
 
     def count_arrived(self, first):
         """How many rows, numbered from `first` on, Perspective has taken."""
-        newest = self.relay.views[self.table].get_min_max(self.ring[1])[1]
+        newest = self.relay.greatest(self.table, self.ring[1])
         return 0 if newest is None else max(0, int(newest) + 1 - first)
 
     def check_table(self):
@@ -450,7 +483,7 @@ class Tail:
             raise TableMissingError
         return columns
 
-    def read_rows(self, after, now, skipped, first, settings=None):
+    def read_rows(self, after, now, skipped, first, settings):
         """Read the rows of the blocks `after` < number <= head, in the order of arrival.
 
         The first ones are skipped; the others are numbered from `first` on.
@@ -464,7 +497,7 @@ class Tail:
             f" toFloat64({number}) AS {arrival} FROM (SELECT {names} FROM {self.source}"
             f" WHERE _block_number > {after} AND _block_number <= {now.head}"
             f" ORDER BY _block_number, _block_offset LIMIT {self.limit} OFFSET {skipped})",
-            settings or (settings_without_index(now) if now.patch else None),
+            settings,
         )
 
     def read_arrow(self, sql, settings=None):
@@ -555,6 +588,11 @@ ROLLUP_SHARE = 0.1  # of the time, for all of them together
 ROLLUP_TIMEOUT = 120  # seconds
 
 
+def finite(value):
+    """Return None for NaN and infinity, which Perspective refuses."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class RollupState:
     """What is known of a rollup's table since it was made."""
 
@@ -563,6 +601,7 @@ class RollupState:
         self.rows = {}  # by index, as they are in the table
         self.revision = None  # the tail's, when the rollup last ran
         self.due = 0  # when it may run next
+        self.took = math.inf  # seconds, the last time
 
 
 class Rollups:
@@ -587,7 +626,9 @@ class Rollups:
                 took = time.monotonic() - now
                 # A table that is still empty will have rows soon.
                 state.due = now + max(took, state.rollup.interval if state.rows else 1)
-                rest_until = now + took / ROLLUP_SHARE
+                # A single slow run does not count: ClickHouse may have hung.
+                rest_until = now + min(took, state.took) / ROLLUP_SHARE
+                state.took = took
 
     def state_of(self, rollup):
         table = self.relay.tables.get(f"{self.tail.table}_{rollup.name}")
@@ -616,7 +657,8 @@ class Rollups:
             self.apply(state, result.column_names, result.result_rows)
         except Exception as error:
             if self.client:
-                self.client.close()
+                with contextlib.suppress(Exception):
+                    self.client.close()
                 self.client = None
             if self.tail.state == "up" and rollup.name not in self.failing:
                 self.failing.add(rollup.name)
@@ -628,10 +670,11 @@ class Rollups:
     def apply(self, state, names, rows):
         """Apply the differences from the last run to the rollup's table."""
         old, rows = state.rows, {row[names.index(state.rollup.index)]: row for row in rows}
-        state.rows = {}  # if Perspective fails half-way, all rows are to be sent
+        # If Perspective fails half-way, the next run sends all rows, and removes all others.
+        state.rows = dict.fromkeys([*old, *rows])
         gone = list(old.keys() - rows.keys())
-        changed = [row for key, row in rows.items() if old.get(key) != row]
-        with self.relay.lock:
+        changed = [map(finite, row) for key, row in rows.items() if old.get(key) != row]
+        with self.relay.changing():
             if state.table not in self.relay.tables.values():
                 return  # it was made anew meanwhile
             if gone:
@@ -654,56 +697,87 @@ class Relay:
         self.loop = loop
         self.server = perspective.Server()
         self.client = self.server.new_local_client()
-        self.lock = threading.Lock()  # held while tables are made
+        self.lock = threading.Lock()  # of the engine, which one thread at a time may use
+        self.turn = asyncio.Lock()  # of the viewers' requests
         self.tables, self.views = {}, {}
         self.viewers = set()
-        self.snapshots = {}  # futures by table, until its next change
+        self.snapshots = {}  # Arrow streams by table, until its next change
+        self.changes = []  # (table, kind of message, its body)
         self.max_unread = 4 << 20  # bytes
+
+    @contextlib.contextmanager
+    def changing(self):
+        """Hold the engine while tables change, and then send all messages of the change together.
+
+        Otherwise a viewer could draw half of a change; and a read in another thread would make the
+        engine apply the change there, and report it out of order.
+        """
+        with self.lock:
+            try:
+                yield
+            finally:
+                with contextlib.suppress(RuntimeError):  # the server has ended, and its loop too
+                    self.loop.call_soon_threadsafe(self.send, self.changes)
+                self.changes = []
+
+    def greatest(self, name, column):
+        """Return the greatest value of a column, None if there is none."""
+        with self.lock:
+            return self.views[name].get_min_max(column)[1]
 
     def host(self, tables):
         """Make all tables but the status anew: {name: (Arrow stream, name of the index)}.
 
         Viewers are disconnected, as their mirrors are out of date; they come back.
         """
-        with self.lock:
+        with self.changing():
             outdated = [name for name in self.tables if name != self.status_name]
             for name in outdated:
                 table, view = self.tables.pop(name), self.views.pop(name)
                 view.delete()
                 table.delete()
+            if outdated:
+                self.loop.call_soon_threadsafe(self.disconnect_viewers)
             for name, (rows, index) in tables.items():
                 self.add_table(name, rows, index)
-        if outdated:
-            self.loop.call_soon_threadsafe(self.disconnect_viewers)
 
     def add_table(self, name, rows, index):
         table = self.client.table(rows, name=name, index=index)
         view = table.view()
-        view.on_update(lambda _, arrow: self.publish(name, ON_UPDATE, arrow), mode="row")
-        view.on_remove(lambda _, arrow: self.publish(name, ON_REMOVE, arrow))
+
+        def note(kind, arrow):
+            self.changes.append((name, kind, field(kind, field(1, arrow))))
+
+        view.on_update(lambda _, arrow: note(ON_UPDATE, arrow), mode="row")
+        view.on_remove(lambda _, arrow: note(ON_REMOVE, arrow))
         self.tables[name], self.views[name] = table, view
 
-    def has_table(self, name):
-        with self.lock:  # the engine lists a table before it is in `tables`
-            return name in self.tables
+    @contextlib.asynccontextmanager
+    async def unchanged(self):
+        """Wait until no table is being changed or made, and keep it so."""
+        async with self.turn:
+            while not self.lock.acquire(blocking=False):
+                await asyncio.sleep(0.002)
+            try:
+                yield
+            finally:
+                self.lock.release()
 
-    def publish(self, name, kind, arrow):
-        """Send a change to all who subscribed; called in the thread that made the change."""
-        self.loop.call_soon_threadsafe(self.send, name, kind, field(kind, field(1, arrow)))
-
-    def send(self, name, kind, body):
-        self.snapshots.pop(name, None)
-        self.max_unread = max(self.max_unread, UNREAD_SNAPSHOTS * len(body))
-        for viewer in list(self.viewers):
-            for head in viewer.subscribed(name, kind):
-                viewer.send(head + body)
+    def send(self, changes):
+        """Send changes to all who subscribed."""
+        for name, kind, body in changes:
+            self.snapshots.pop(name, None)
+            self.max_unread = max(self.max_unread, UNREAD_SNAPSHOTS * len(body))
+            for viewer in list(self.viewers):
+                for head in viewer.subscribed(name, kind):
+                    viewer.send(head + body)
 
     async def snapshot(self, name):
         """The rows of a table as an Arrow stream; read once between two changes."""
         if name not in self.snapshots:
             to_arrow = functools.partial(self.views[name].to_arrow, compression="zstd")
-            self.snapshots[name] = self.loop.run_in_executor(None, to_arrow)
-        arrow = await self.snapshots[name]
+            self.snapshots[name] = await self.loop.run_in_executor(None, to_arrow)
+        arrow = self.snapshots[name]
         self.max_unread = max(self.max_unread, UNREAD_SNAPSHOTS * len(arrow))
         return arrow
 
@@ -725,7 +799,8 @@ class Relay:
     def publish_status(self, tail):
         columns = json.dumps([*map(shown_name, tail.columns), *tail.ring])
         more = {"columns": columns, "version": self.version, "time": round(time.time() * 1000)}
-        self.tables[self.status_name].update([tail.health() | more])
+        with self.changing():
+            self.tables[self.status_name].update([tail.health() | more])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -792,7 +867,7 @@ class Viewer(WebSocketHandler):
 
     def initialize(self):
         self.relay, self.tail = self.settings["relay"], self.settings["tail"]
-        self.session = self.relay.server.new_session(self.answer_from_engine)
+        self.session = None  # of the engine; a request that is refused gets none
         self.views = {}  # table by the view's name
         self.subscriptions = {}  # head of the messages by (view, ON_UPDATE or ON_REMOVE)
 
@@ -803,39 +878,45 @@ class Viewer(WebSocketHandler):
         if len(self.relay.viewers) >= MAX_VIEWERS:
             self.close(1013, f"the server is full: it takes {MAX_VIEWERS} viewers")
             return
+        self.session = self.relay.server.new_session(self.answer_from_engine)
         self.relay.viewers.add(self)
         self.tail.wake.set()  # it polls rarely while there are no viewers
 
     def on_close(self):
         self.relay.viewers.discard(self)
-        self.session.close()
+        if self.session:
+            self.session.close()
 
     async def on_message(self, message):
         """Answer a request. The next one is read when this answer has been sent."""
-        began, head, answer, sent = time.monotonic(), b"", None, None
-        try:
-            head, name, request = split_head(message)
-            number, body = split_field(request, REQUESTS)
-            if number in ENGINE_REQUESTS and body == b"":
-                handle = self.session.handle_request
-                await self.relay.loop.run_in_executor(None, handle, message)
-            else:
-                answer = await self.answer(head, name, number, body)
-        except Exception as error:
-            text = f"refused ({error}): a viewer can mirror tables and nothing else"
-            answer = head + field(SERVER_ERROR, field(1, text.encode()))
-        if answer:
-            sent = self.send(answer)
-        took = time.monotonic() - began
+        async with self.relay.unchanged():
+            began = time.monotonic()
+            answer = await self.respond(message)
+            sent = self.send(answer) if answer else None
+            took = time.monotonic() - began
         if sent:
             with contextlib.suppress(WebSocketClosedError):
                 await sent
         await asyncio.sleep(took * (1 / REQUEST_SHARE - 1))
 
+    async def respond(self, message):
+        """Return the answer, an error perhaps; None if the engine answers, or none is due."""
+        head = b""
+        try:
+            head, name, request = split_head(message)
+            number, body = split_field(request, REQUESTS)
+            if number not in ENGINE_REQUESTS or body != b"":
+                return await self.answer(head, name, number, body)
+            name.decode()  # otherwise the engine prints an error
+            await self.relay.loop.run_in_executor(None, self.session.handle_request, message)
+        except Exception as error:
+            text = f"refused ({error}): a viewer can mirror tables and nothing else"
+            return head + field(SERVER_ERROR, field(1, text.encode()))
+
     async def answer(self, head, name, number, body):
         """Return the answer to a request. Raises PermissionError if it is not on the list."""
         if number == MAKE_VIEW:
-            await self.make_view(name.decode(), body)
+            self.make_view(name.decode(), body)
             return head + field(MAKE_VIEW, body)
         if name not in self.views:
             raise PermissionError("you have no such view")
@@ -857,10 +938,10 @@ class Viewer(WebSocketHandler):
             return head + field(DELETE_VIEW, b"")
         raise PermissionError("there is no such request")
 
-    async def make_view(self, table, body):
+    def make_view(self, table, body):
         """Note a plain view: it has a name and no configuration."""
         _, name = split_field(body, [1])
-        if not await self.relay.loop.run_in_executor(None, self.relay.has_table, table):
+        if table not in self.relay.tables:
             raise PermissionError("there is no such table")
         if len(self.views) >= MAX_VIEWS:
             raise PermissionError(f"a viewer has at most {MAX_VIEWS} views")
@@ -953,13 +1034,19 @@ class BrowserBuildHandler(Handler):
         if compressed:
             self.set_header("Content-Encoding", "gzip")
         loop = asyncio.get_running_loop()
-        self.finish(await loop.run_in_executor(None, self.read, name, compressed))
+        content, self.etag = await loop.run_in_executor(None, self.read, name, compressed)
+        self.finish(content)
+
+    def compute_etag(self):
+        return self.etag
 
     @staticmethod
     @functools.cache
     def read(name, compressed):
+        """Return the content and its ETag, which stay the same across restarts."""
         content = (BROWSER_BUILD / name).read_bytes()
-        return gzip.compress(content, 6) if compressed else content
+        content = gzip.compress(content, 6, mtime=0) if compressed else content
+        return content, f'"{hashlib.sha256(content).hexdigest()}"'
 
 
 class HealthHandler(Handler):
@@ -976,8 +1063,8 @@ def make_app(relay, tail, address, origins):
 
     A foreign name that somebody points at this address (DNS rebinding) gets nothing.
     """
-    names = {*LOOPBACK, "[::1]", address, *(urlsplit(origin).hostname for origin in origins)}
-    hosts = "|".join(re.escape(name) for name in names if name)
+    names = {*LOOPBACK, address, *(urlsplit(origin).hostname for origin in origins)}
+    hosts = "|".join(re.escape(f"[{name}]" if ":" in name else name) for name in names if name)
     if address in ("", "0.0.0.0", "::"):
         hosts += r"|[\d.]+|\[[\da-f:.]+\]"  # an IP address is no name that points elsewhere
     app = Application(
@@ -1073,7 +1160,8 @@ async def serve(options, dsn, sockets, signalled):
         thread.start()
 
     while not ended.is_set() and all(worker.error is None for worker in workers):
-        relay.publish_status(tail)
+        # In a thread, as it waits for tables that are being made, and the end must not.
+        threading.Thread(target=relay.publish_status, args=[tail], daemon=True).start()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(ended.wait(), 1)
 
@@ -1085,7 +1173,8 @@ async def serve(options, dsn, sockets, signalled):
     deadline = time.monotonic() + 1.5
     for thread in threads:
         await loop.run_in_executor(None, thread.join, max(0, deadline - time.monotonic()))
-    logging.getLogger("tornado.application").disabled = True  # viewers' requests are cancelled now
+    for library in ("tornado.application", "asyncio"):
+        logging.getLogger(library).disabled = True  # what viewers are sent is cancelled now
     return next((worker.error for worker in workers if worker.error), None)
 
 
@@ -1104,6 +1193,9 @@ def main(argv=None):
     except OSError as error:
         where = f"{options.address} port {options.port}"
         return fail(f"cannot listen on {where} ({error.strerror}): use another --address or --port")
+    # Each viewer takes a file descriptor, and many shells allow 1,024.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 2 * MAX_VIEWERS), hard), hard))
     with contextlib.ExitStack() as cleanup:
         dsn = options.dsn
         if options.embedded is not None:

@@ -401,7 +401,8 @@ class Producer:
                 step(*arguments)
             except Exception as error:
                 if is_fatal(error):
-                    self.unconfirmed = False  # refused, so nothing is stored
+                    if attempts == 1:
+                        self.unconfirmed = False  # refused, so nothing is stored
                     raise
                 if self.client:
                     self.client.close()
