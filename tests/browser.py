@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,12 @@ from PIL import Image
 from playwright.sync_api import Error, sync_playwright
 
 VIEWER = "document.querySelector('perspective-viewer')"
+# The panels of the dashboard, and the columns of the newest ticks.
+CHARTS = ["candles", "volumeHeatmap", "historyVolume", "historyClose"]
+GRIDS = ["tickers", "newestTicks", "historyTable"]
+SHOWN = ["timestamp", "ticker", "client", "open", "high", "low", "close", "volume"]
+
+LOST = "net::ERR_|WebSocket connection to|status of 503"  # Chromium's words, a server is away
 
 FLAGS = [
     "--no-sandbox",
@@ -24,14 +31,18 @@ FLAGS = [
 ]
 
 
+# V8 optimises WebAssembly later: the tests open many pages, and each for a short time.
+OPTIMISE_LATER = "--js-flags=--wasm-tiering-budget=200000000"
+
+
 @contextlib.contextmanager
-def launched():
+def launched(*flags):
     """This machine's own Chromium, or else the one that Playwright downloads; None if none."""
     names = ("/usr/bin/chromium", "chromium", "chromium-browser", "google-chrome")
     with sync_playwright() as playwright:
         places = [*map(shutil.which, names), playwright.chromium.executable_path]
         path = next((place for place in places if place and Path(place).exists()), None)
-        browser = path and playwright.chromium.launch(executable_path=path, args=FLAGS)
+        browser = path and playwright.chromium.launch(executable_path=path, args=[*FLAGS, *flags])
         yield browser
         if browser:
             browser.close()
@@ -155,7 +166,14 @@ class Tab:
         """Change something, and wait until the page has stored that."""
         before = self.stored()
         gesture()
-        wait_until(lambda: self.stored() != before, 30, "the change is stored")
+        wait_until(lambda: self.stored() != before and self.is_stored(), 30, "it is stored")
+
+    def is_stored(self):
+        """Whether what is stored is the layout as it is now."""
+        workspace = self.workspace()
+        for panel in workspace["panels"].values():
+            panel.pop("theme", None)
+        return json.loads(self.stored()) == workspace
 
     def stored(self, name="layout"):
         return self.page.evaluate(
@@ -163,18 +181,17 @@ class Tab:
             f" {name}",
         )
 
-    def store(self, layout):
-        """Put something in the place of the stored layout, and load the page anew."""
+    def store(self, value, name="layout"):
+        """Put something in the place of the stored layout."""
         self.page.evaluate(
-            """(layout) => {
+            """([value, name]) => {
                 for (const place of [sessionStorage, localStorage]) {
-                    const key = Object.keys(place).find((key) => key.endsWith(" layout"));
-                    place.setItem(key, layout);
+                    const key = Object.keys(place).find((key) => key.endsWith(name));
+                    place.setItem(key, value);
                 }
             }""",
-            layout,
+            [value, f" {name}"],
         )
-        self.page.reload()
 
     def select(self, panel):
         """Bring a panel to the front, by a click at its tab."""

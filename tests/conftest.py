@@ -4,8 +4,10 @@ import asyncio
 import collections
 import contextlib
 import functools
+import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,23 +24,38 @@ import perspective
 import pyarrow
 import pytest
 from clickhouse_http import ClickHouseProcess
-from tornado.httpclient import HTTPClientError, HTTPRequest
+from tornado.httpclient import HTTPClientError
 from tornado.websocket import WebSocketClosedError, websocket_connect
 
 import producer
 
 ROOT = Path(__file__).parent.parent
+HOUR = 3_600_000  # ms
 COLUMNS = ["timestamp", "ticker", "client", "open", "high", "low", "close", "volume", "date"]
 
 
+def pytest_collection_modifyitems(items):
+    """Put those marked `long` first."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+# Below those that the system gives to others, and a thousand for each process of pytest.
+ports = itertools.count(15_000 + 1000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw9")[2:]))
+
+
 def free_port():
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody listens on, and that nobody else is given."""
+    for port in ports:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
-def wait_until(check, seconds=10, what=None):
+def now_ms():
+    return int(time.time() * 1000)
+
+
+def wait_until(check, seconds=30, what=None):
     """Call `check` until it returns something true, and return that; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
@@ -74,7 +91,7 @@ class Script:
     def output(self):
         return "\n".join(self.lines)
 
-    def wait_for(self, text, seconds=10):
+    def wait_for(self, text, seconds=30):
         """Wait until `text` has been printed."""
         wait_until(lambda: text in self.output, seconds, f"{text!r} in\n{self.output}")
 
@@ -85,8 +102,11 @@ class Script:
         self.process.stdout.close()
         return status
 
-    def stop(self, number=signal.SIGTERM, seconds=3):
-        """Send a signal; returns the exit status, which must come in time."""
+    def stop(self, number=signal.SIGTERM, seconds=60):
+        """Send a signal; returns the exit status, which must come in time.
+
+        The promised three seconds are for tests that run alone.
+        """
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.wait(seconds)
@@ -94,6 +114,11 @@ class Script:
     def kill(self):
         self.process.kill()
         self.wait()
+
+    def memory(self):
+        """Resident memory in MB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 
 
 class Server(Script):
@@ -103,13 +128,17 @@ class Server(Script):
         self.port = port or free_port()
         self.url = f"http://localhost:{self.port}"
         super().__init__(script, "--port", self.port, *arguments, env=env)
-        self.wait_for("open http://")
+        try:
+            self.wait_for("open http://")
+        except BaseException:
+            self.kill()
+            raise
 
     def get(self, path, headers=None):
         """GET a path; returns (status, headers, body)."""
         request = urllib.request.Request(self.url + path, headers=headers or {})
         try:
-            with urllib.request.urlopen(request, timeout=10) as answer:
+            with urllib.request.urlopen(request, timeout=30) as answer:
                 return answer.status, answer.headers, answer.read()
         except urllib.error.HTTPError as error:
             with error:
@@ -118,21 +147,34 @@ class Server(Script):
     def health(self):
         return json.loads(self.get("/healthz")[2])
 
-    def wait_for_rows(self, rows, seconds=20):
-        wait_until(lambda: self.health()["rows"] == rows, seconds, f"{rows} rows")
-
-    def wait_for_delivered(self, rows, seconds=20):
+    def wait_for_delivered(self, rows, seconds=30):
         wait_until(
             lambda: self.health()["delivered"] >= rows, seconds, f"{rows} rows in {self.health()}"
         )
 
 
+# Changes for `changed_server`. With a tenth of the time, a run of 5 s would mean 50 s of rest.
+QUICK_HISTORY = {"interval=30": "interval=3", "ROLLUP_SHARE = 0.1": "ROLLUP_SHARE = 0.5"}
+
+
+def changed_server(folder, changes):
+    """Copy the scripts with texts replaced, {old: new}; returns the path of the copied server."""
+    unused = set(changes)
+    for name in ("producer.py", "perspective_server.py", "prsp-viewer.html"):
+        text = (ROOT / name).read_text()
+        unused -= {old for old in unused if old in text}
+        for old, new in changes.items():
+            text = text.replace(old, new)
+        (folder / name).write_text(text)
+    assert not unused
+    return folder / "perspective_server.py"
+
+
 class Connection:
     """A Perspective client on a real websocket, with an event loop in a thread of its own."""
 
-    def __init__(self, url, path="/websocket", headers=None):
-        self.address = "ws" + url.removeprefix("http") + path
-        self.headers = headers or {}
+    def __init__(self, url):
+        self.address = "ws" + url.removeprefix("http") + "/websocket"
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
@@ -147,8 +189,7 @@ class Connection:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(seconds)
 
     async def _connect(self):
-        request = HTTPRequest(self.address, headers=self.headers)
-        self.socket = await websocket_connect(request, max_message_size=1 << 30)
+        self.socket = await websocket_connect(self.address, max_message_size=1 << 30)
 
         async def send(message):
             await self.socket.write_message(bytes(message), binary=True)
@@ -168,7 +209,7 @@ class Connection:
     def close(self):
         if self.thread.is_alive():
             self.loop.call_soon_threadsafe(self.socket.close)
-            self.closed.wait(5)
+            self.closed.wait(10)  # Tornado waits 5 s for the other side
             self._end_loop()
 
     def _end_loop(self):
@@ -289,12 +330,12 @@ class Mirror:
         """The one row of the status table, None if it did not come yet."""
         return next(iter(self.table(f"{self.live}_status").values()), None)
 
-    def wait_for_rows(self, rows, seconds=20):
+    def wait_for_rows(self, rows, seconds=30):
         wait_until(lambda: len(self.table(self.live)) == rows, seconds, f"{rows} rows")
 
     def close(self):
         self.ended.set()
-        with contextlib.suppress(AttributeError):  # never connected
+        with contextlib.suppress(AttributeError, RuntimeError):  # never connected, or ended
             self.loop.call_soon_threadsafe(self.socket.close)
         self.thread.join(10)
 
@@ -335,6 +376,9 @@ def counted(table):
     return collections.Counter(zip(*columns, strict=True))
 
 
+block_numbers = itertools.count(1)
+
+
 class Database:
     """A database of its own on a ClickHouse; it is not created yet."""
 
@@ -350,6 +394,24 @@ class Database:
     def create_table(self):
         """Create the database and the empty table, as the producer does."""
         producer.create_table(self.client, self.name)
+
+    def insert(self, rows=100, at=None, step=1, into="stock_values"):
+        """Insert a block of different rows, stamped `at` (or now), and each `step` ms later."""
+        at = now_ms() if at is None else at
+        self.command(
+            f"INSERT INTO {into} (timestamp, ticker, client, open, high, low, close, volume, date)"
+            f" SELECT fromUnixTimestamp64Milli(toInt64({at} + number * {step}), 'UTC') AS time,"
+            " ['AAPL.N', 'MSFT.N', 'TLT.N'][number % 3 + 1], 'Homer', 2, 3.25, 1,"
+            f" 2.5 + number % 5 / 10, {next(block_numbers)} * 100000 + number, time"
+            f" FROM numbers({rows}) SETTINGS max_block_size = 1000000"
+        )
+
+    def fill(self, rows, span_ms=60_000):
+        """Create the table, and insert the producer's ticks of the `span_ms` before now."""
+        maker = producer.Producer(self.dsn, 1, rows, seed=1)
+        maker.open()
+        maker.insert(maker.market.draw(rows, now_ms() - span_ms, span_ms), "old")
+        maker.client.close()
 
     def command(self, sql):
         """Run SQL in which `stock_values` is named without its database."""
@@ -371,6 +433,15 @@ class Database:
     def drop(self):
         self.client.command(f"DROP DATABASE IF EXISTS {self.name}")
         self.client.close()
+
+
+def follow(start, dsn, *options, mirrors=1, live="stock_values", complete=True, **more):
+    """Start a server and viewers that stay, and wait until their mirrors are complete."""
+    server = start(Server, "--dsn", dsn, "--interval", 0.05, *options, **more)
+    viewers = [start(Mirror, server.url, live) for _ in range(mirrors)]
+    if complete:
+        wait_until(lambda: all(viewer.snapshots for viewer in viewers), 30, lambda: server.output)
+    return server, viewers
 
 
 @pytest.fixture(scope="session")
@@ -413,11 +484,44 @@ def start():
             thing.kill()
 
 
+class Site:
+    """A database with ten minutes of old ticks, a producer, and a server with a small window."""
+
+    limit = 5000  # rows: so few that new ones soon overwrite others
+
+    def __init__(self, clickhouse):
+        self.database = Database(clickhouse)
+        self.database.fill(2 * self.limit, 600_000)
+        ticks = ("--seed", 7, "--interval", 0.5, "--rows", 500)
+        self.producer = Script("producer.py", "--dsn", self.database.dsn, *ticks)
+        self.options = ["--dsn", self.database.dsn, "--limit", self.limit]
+        self.server = Server(*self.options)
+        self.url = self.server.url
+
+    @contextlib.contextmanager
+    def paused(self):
+        """The producer does nothing."""
+        self.producer.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.producer.process.send_signal(signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def site(clickhouse):
+    site = Site(clickhouse)
+    yield site
+    site.server.kill()
+    site.producer.kill()
+    site.database.drop()
+
+
 @pytest.fixture(scope="module")
 def browser():
-    from browser import launched  # here, as that module imports this one
+    from browser import OPTIMISE_LATER, launched  # here, as that module imports this one
 
-    with launched() as browser:
+    with launched(OPTIMISE_LATER) as browser:
         if browser is None:
             end = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
             end("no Chromium: install it, or run `playwright install chromium`")

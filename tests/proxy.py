@@ -12,6 +12,7 @@ request, since clickhouse-connect never sends a second request before the first 
 """
 
 import asyncio
+import re
 import socket
 import struct
 import threading
@@ -63,10 +64,10 @@ class Proxy:
     `connections` counts the connections taken, `faults` the faults that were really done.
     """
 
-    def __init__(self, target_port, port=0):
-        self.target_port = target_port
+    def __init__(self, target_port, port=0, context=None):
+        self.target_port, self.context = target_port, context  # of TLS, for its clients
         self.connections = self.faults = 0
-        self.rewrite = bytes  # applied to each piece of a request; must keep its length
+        self.rewrite = bytes  # applied to each piece of a request
         self._fault = None
         self._writers = set()
         # Bound here and not in the loop, so that the port is known and taken at once.
@@ -138,7 +139,7 @@ class Proxy:
             self._loop.close()
 
     async def _serve(self):
-        server = await asyncio.start_server(self._connection, sock=self._socket)
+        server = await asyncio.start_server(self._connection, sock=self._socket, ssl=self.context)
         await self._closing.wait()
         server.close()
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -247,3 +248,40 @@ def reset(writer):
         linger = struct.pack("ii", 1, 0)  # on, for 0 seconds: close() sends a reset
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         writer.transport.abort()
+
+
+class Link(Proxy):
+    """What stands between browser and server: a path that is stripped, a slow line, a dead one.
+
+    It names the server in Host as reverse proxies do, so the server sees a foreign origin.
+    """
+
+    def __init__(self, port, path="/", bytes_per_second=None):
+        self.path, self.bytes_per_second = path, bytes_per_second
+        self.silences, self.busy_until = 0, 0
+        super().__init__(port)
+        self.url = f"http://localhost:{self.port}"
+
+    def silence(self):
+        """Drop what the connections that are open carry from now on; they stay open."""
+        self.silences += 1
+
+    async def _requests(self, reader, writer, requests):
+        silences = self.silences
+        while data := await reader.read(1 << 16):
+            if silences == self.silences:
+                data = re.sub(b"^(GET|HEAD) %s" % self.path.encode(), rb"\1 /", data)
+                data = re.sub(rb"\r\nHost: \S+", b"\r\nHost: localhost:%d" % self.target_port, data)
+                writer.write(data)
+                await writer.drain()
+
+    async def _answers(self, reader, writer, requests):
+        silences = self.silences
+        while data := await reader.read(1 << 12):
+            if self.bytes_per_second:
+                now = time.monotonic()
+                self.busy_until = max(now, self.busy_until) + len(data) / self.bytes_per_second
+                await asyncio.sleep(self.busy_until - now)
+            if silences == self.silences:
+                writer.write(data)
+                await writer.drain()

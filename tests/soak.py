@@ -181,8 +181,7 @@ class Soak:
         for number, (viewer, before) in enumerate(zip(self.viewers, connections, strict=True)):
             again = viewer.connections - before
             self.check_viewer(f"viewer {number}", viewer, window, counted(arrow), again, kills)
-        status = Path(f"/proc/{self.server.process.pid}/status").read_text()
-        self.memory.append(int(re.search(r"VmRSS:\s+(\d+)", status)[1]) // 1024)
+        self.memory.append(int(self.server.memory()))
         grown = self.memory[-1] - self.memory[0]
         self.expect(grown <= MAX_GROWTH, f"the server's memory has grown by {grown} MB")
 

@@ -90,7 +90,7 @@ def written(script, confirmed=True):
 
 def error_of(script):
     """The one line with which a producer gives up that could write nothing."""
-    assert script.wait(20) == 1
+    assert script.wait() == 1
     *others, error = script.lines
     assert error.startswith("producer.py: ") and "producer.py: " not in "".join(others)
     assert others[-1].startswith("0 rows written")
@@ -195,6 +195,7 @@ def test_small_and_large_batches(produce, database, rows, batches, interval):
     assert stored(database) == drawn(6, rows, batches)
 
 
+@pytest.mark.alone
 def test_a_slow_insert_does_not_shift_the_schedule(produce, database, proxy):
     """And every few seconds a line says how many rows there are, and how many a second."""
     options = ["--interval", 0.1, "--rows", 50, "--batches", 60, "--seed", 9]
@@ -208,31 +209,6 @@ def test_a_slow_insert_does_not_shift_the_schedule(produce, database, proxy):
     for number, (first, last) in enumerate(batches):
         due = batches[0][0] + 100 * number
         assert due - 60 < first <= last < due + 101
-
-
-WRONG = {
-    "--interval": "0 -1 nan inf 1e9 soon",
-    "--rows": "0 1.5 many",
-    "--batches": "0 1.5 many",
-    "--seed": "-1 x",
-    "--dsn": "localhost http://localhost:8123 clickhouse:// clickhouse:///test chdb://memory/test"
-    " clickhouse://u:s3cret@h:0/test clickhouse://u:s3cret@h:99999/test clickhouse://u:s3cret@h:x/t"
-    " clickhouse://u:s3cret@h/test/table clickhouse://u:123/s3cret@h/t clickhouse://u:123?s3cret@h/t"
-    " clickhouse://u:123#s3cret@h/test clickhouse://u:[s3cret@h/test clickhouse://u:s3cret@h/test?x",
-    "clickhouse://admin:s3cret@h/test": "--reset",
-}
-
-
-@pytest.mark.parametrize(
-    "options", [(name, text) for name, texts in WRONG.items() for text in texts.split()]
-)
-def test_wrong_usage_is_one_line_and_status_2(capsys, monkeypatch, options):
-    monkeypatch.setattr(producer, "Producer", lambda **_: pytest.fail("it was accepted"))
-    with pytest.raises(SystemExit) as ending:
-        producer.main(list(options))
-    output = capsys.readouterr()
-    assert (ending.value.code, output.out, output.err.count("\n")) == (2, "", 1)
-    assert re.fullmatch(r"producer\.py: (?!.*(s3cret|123[/?#])).*\n", output.err)
 
 
 def test_wrong_password_missing_rights_unknown_option_and_no_chdb_end_it(produce, tmp_path):
@@ -268,19 +244,26 @@ def test_every_fault_on_the_way_is_survived(produce, database, proxy):
         (proxy.stall, (), 1),  # never arrives
         (proxy.delay, (1.5,), 1),  # stored, but the answer comes too late
     ]
-    for number, (fault, arguments, times) in enumerate(faults, 1):
+
+    def outages():
+        return script.output.count("ClickHouse is away"), script.output.count("ClickHouse is back")
+
+    for fault, arguments, times in faults:
+        done, (_, back) = proxy.faults + times, outages()
         fault(*arguments, when=is_insert, times=times)
-        until_printed(script, "ClickHouse is back", number)
+        assert proxy.wait(done, 30)
+        until_printed(script, "ClickHouse is back", back + 1)
+    before, returned = outages()
     proxy.refuse()
-    until_printed(script, "ClickHouse is away", len(faults) + 1)
+    until_printed(script, "ClickHouse is away", before + 1)
     away, connections = time.time() * 1000, proxy.connections
     until(lambda: proxy.connections >= connections + 3)  # some attempts, but one line
     back = time.time() * 1000
     proxy.pass_on()
-    until_printed(script, "ClickHouse is back", len(faults) + 1)
+    until_printed(script, "ClickHouse is back", returned + 1)
     enough = database.count() + 40_000
     until(lambda: database.count() > enough)
-    assert script.output.count("ClickHouse is away") == len(faults) + 1
+    until(lambda: len({*outages()}) == 1)  # one line each; a slow machine may have more of them
     assert script.stop() == 0
     assert stored(database) == drawn(11, 4000, written(script) // 4000)
     # No tick was drawn meanwhile, so nothing piles up and no tick is older than its batch.
@@ -293,14 +276,26 @@ def test_three_producers_outlive_a_crash_of_clickhouse(produce, tmp_path):
         options = ["--interval", 0.02, "--rows", 30, "--batches", 60, "--seed"]
         database = Database(process)
         dsn = process.dsn_of(database.name, port=proxy.port)
-        scripts = [produce(dsn, *options, seed) for seed in (1, 2, 3)]
         proxy.drop_answer(when=is_insert, times=9)
+        scripts = [produce(dsn, *options, seed) for seed in (1, 2, 3)]
         until(lambda: proxy.faults >= 9)
         process.kill()
         process.start()
         assert [script.wait(60) for script in scripts] == [0, 0, 0]
         assert [written(script) for script in scripts] == [1800] * 3
         assert stored(database) == drawn(1, 30, 60) + drawn(2, 30, 60) + drawn(3, 30, 60)
+
+
+def test_a_batch_that_may_be_stored_is_not_called_refused(produce, database, proxy):
+    """Its confirmation was lost; when it is sent again, the table does not fit any more."""
+    script = produce(proxy.dsn, "--interval", 0.02, "--rows", 40)
+    until_rows(database)
+    proxy.drop_answer(when=is_insert)
+    until_printed(script, "ClickHouse is away")
+    database.command("ALTER TABLE stock_values RENAME COLUMN volume TO amount")
+    proxy.pass_on()
+    assert script.wait() == 1
+    assert written(script, confirmed=False) < database.count()
 
 
 def test_a_full_disk_is_waited_for(produce, database):
@@ -328,11 +323,12 @@ def test_a_dropped_table_is_created_again_but_a_misfit_ends_it(produce, database
     until_printed(script, "ClickHouse is away", 3)
     create(database, ALL_COLUMNS, "ENGINE = Log")
     proxy.pass_on()
-    assert script.wait(20) == 1
+    assert script.wait() == 1
     assert script.lines[-1].startswith("producer.py: ")
     assert database.count() == 0
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("phase", ["steady", "answer late", "no answer", "away"])
 def test_a_signal_ends_it_within_3_seconds(produce, database, proxy, phase):
     """It waits for the answer to the batch in hand, but no longer than it may."""
@@ -346,18 +342,19 @@ def test_a_signal_ends_it_within_3_seconds(produce, database, proxy, phase):
         proxy.refuse()
         until_printed(script, "ClickHouse is away")
     until(lambda: phase == "steady" or proxy.faults)
-    assert script.stop() == 0
+    assert script.stop(seconds=3) == 0
     batches = written(script, confirmed=phase in ("steady", "answer late")) // 50
     # A batch that was not confirmed may have been stored all the same.
     assert stored(database) in [drawn(15, 50, batches + more) for more in (0, phase == "away")]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("phase", ["refuse", "stall"])
 def test_a_signal_before_clickhouse_is_there_ends_it(produce, database, proxy, phase):
     getattr(proxy, phase)()
     script = produce(proxy.dsn)
     until(lambda: proxy.faults)
-    assert script.stop(signal.SIGINT) == 0
+    assert script.stop(signal.SIGINT, seconds=3) == 0
     assert written(script) == 0
 
 

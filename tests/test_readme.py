@@ -1,12 +1,11 @@
 """What README.md says: its snippets stand in the files, and its commands do what it promises."""
 
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, Mirror, Script, Server, wait_until
+from conftest import ROOT, Mirror, Script, Server, changed_server, wait_until
 
 README = (ROOT / "README.md").read_text()
 
@@ -94,9 +93,8 @@ def test_a_dashboard_of_ones_own(database, start, visit, tmp_path):
     client = database.client
     client.command(f"CREATE DATABASE {database.name}")
     client.command(marked("own table").replace("test.", f"{database.name}."))
-    for name in ("producer.py", "perspective_server.py", "prsp-viewer.html"):
-        shutil.copy(ROOT / name, tmp_path)
-    replace(tmp_path / "perspective_server.py", marked("own rollup"), "ROLLUPS = ", "\n\n\n")
+    script = changed_server(tmp_path, {})
+    replace(script, marked("own rollup"), "ROLLUPS = ", "\n\n\n")
     page = tmp_path / "prsp-viewer.html"
     panels, layout = marked("own panels").split("const layout")
     replace(page, panels, "const panels = ", "\n};\n")
@@ -104,7 +102,7 @@ def test_a_dashboard_of_ones_own(database, start, visit, tmp_path):
     server = start(
         Server,
         *("--dsn", database.dsn, "--table", "temperatures"),
-        script=tmp_path / "perspective_server.py",
+        script=script,
     )
     mirror = start(Mirror, server.url, "temperatures")
     client.command(

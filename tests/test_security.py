@@ -19,7 +19,17 @@ from types import SimpleNamespace
 
 import perspective
 import pytest
-from conftest import ROOT, Connection, Database, Mirror, Script, Server, free_port, wait_until
+from conftest import (
+    ROOT,
+    Connection,
+    Database,
+    Mirror,
+    Script,
+    Server,
+    changed_server,
+    free_port,
+    wait_until,
+)
 from tornado.websocket import WebSocketClosedError
 
 TABLE = "stock_values"
@@ -72,7 +82,7 @@ class Raw(Connection):
 
     def wait_for(self, message_id):
         head = field(1, message_id)
-        wait_until(lambda: any(a.startswith(head) for a in self.answers), 30, "an answer")
+        wait_until(lambda: any(a.startswith(head) for a in self.answers), 60, "an answer")
 
     def answers_to(self, *messages):
         """Send, and return the answers, but no updates. The connection must go on."""
@@ -140,9 +150,9 @@ def service(clickhouse):
     yield SimpleNamespace(database=database, server=server, mirror=mirror, url=server.url)
     mirror.close()
     for script in (ticks, server):
-        script.stop(seconds=20)
+        script.stop()
     database.drop()
-    assert "Traceback" not in server.output
+    assert not re.search("Traceback|UTF-8", server.output)
 
 
 @pytest.fixture
@@ -244,7 +254,7 @@ def test_malformed_and_doubled_messages_are_refused(ours):
     malformed += [size[:end] for end in range(1, len(size))]
     malformed += [size + more for more in (write, field(SIZE), field(2, "x"), field(DELETE_VIEW))]
     malformed += [more + size for more in (write, field(REPLACE), field(2, "x"), field(1, 2))]
-    malformed += [head + write + field(SIZE)]
+    malformed += [head + write + field(SIZE), ask(SIZE, entity=b"\xff")]
     # Numbers in more bytes than they need, and larger than 64 bits.
     malformed += [head + bytes([tag[0] | 128, 0, 0]), head + tag + b"\x80\0"]
     malformed += [b"\x88\0\x01" + rest, b"\x08\x81\0" + rest, head + tag + b"\xff" * 9 + b"\x01"]
@@ -282,6 +292,7 @@ def test_sizes_and_numbers_are_limited(ours):
 # --- Nobody slows anybody down --------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_floods_and_viewers_that_leave_do_not_delay_others(ours):
     mirror = ours.mirror
     before, gaps = mirror.updates[TABLE], len(mirror.gaps)
@@ -299,6 +310,7 @@ def test_floods_and_viewers_that_leave_do_not_delay_others(ours):
     assert max(mirror.gaps[gaps:]) < 2
 
 
+@pytest.mark.alone
 def test_requests_without_a_pause_get_a_small_share_of_the_time(ours):
     def cpu_seconds():
         stat = Path(f"/proc/{ours.server.process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -311,11 +323,48 @@ def test_requests_without_a_pause_get_a_small_share_of_the_time(ours):
     assert share < 0.5
 
 
+def test_websockets_that_are_refused_leave_nothing_behind(start):
+    """In a server without tables, whose memory nothing else changes."""
+    server = start(Server, "--dsn", f"clickhouse://a:b@127.0.0.1:{free_port()}/test")
+    refused = {"Origin": "http://evil.example"}
+
+    def ask_in_vain(times):
+        connection = http.client.HTTPConnection("localhost", server.port, timeout=20)
+        for i in range(times):
+            connection.request("GET", "/websocket", headers=UPGRADE | refused if i % 2 else {})
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == (403 if i % 2 else 400)
+        connection.close()
+
+    ask_in_vain(500)
+    before = server.memory()
+    ask_in_vain(5000)
+    assert server.memory() - before < 15  # MB; with a session of the engine for each it is 24
+
+
+def test_viewers_find_room_where_a_shell_allows_few_files(service, start, tmp_path):
+    """The server raises the limit. At the limit it would be busy failing to accept connections."""
+    script = tmp_path / "few_files.py"
+    script.write_text(
+        "import resource, runpy, sys\n"
+        "hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard_limit))\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"runpy.run_path({str(ROOT / 'perspective_server.py')!r}, run_name='__main__')\n"
+    )
+    server = start(Server, "--dsn", service.database.dsn, script=script)
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(websocket(server))
+        wait_until(lambda: server.health()["viewers"] == 100, 30, "all of them")
+    assert "Traceback" not in server.output
+
+
 def test_viewers_that_read_nothing_are_disconnected(ours):
     """Each subscribes many times, so that much waits for it soon."""
     server = ours.server
-    pages = Path(f"/proc/{server.process.pid}/statm")
-    before = int(pages.read_text().split()[1])
+    before = server.memory()
     deaf = [websocket(server) for _ in range(4)]
     for i, sock in enumerate(deaf):
         for name in (f"deaf {i} {j}" for j in range(15)):
@@ -326,29 +375,26 @@ def test_viewers_that_read_nothing_are_disconnected(ours):
             "INSERT INTO stock_values SELECT now64(3), 'TLT.N', 'Homer', 1, 1, 1, 1, number,"
             " today() FROM numbers(10000)"
         )
+        rows = ours.database.count()
+        wait_until(lambda: ours.mirror.received.total() >= rows, 30, "the mirror has them")
         return server.output.count("does not read") == len(deaf)
 
     wait_until(all_disconnected, 30, "disconnected, with one line each")
-    assert int(pages.read_text().split()[1]) < before + 50_000  # 200 MB
+    assert server.memory() < before + 195
     for sock in deaf:
         sock.close()
 
 
 def test_a_full_server_says_so_and_who_answers_no_ping_makes_room(service, start, tmp_path):
-    limits = {"MAX_VIEWERS": 3, "PING_SECONDS": 1}
-    for name in ("producer.py", "prsp-viewer.html", "perspective_server.py"):
-        text = (ROOT / name).read_text()
-        for limit, value in limits.items():
-            text = re.sub(rf"(?m)^{limit} = \d+", f"{limit} = {value}", text)
-        (tmp_path / name).write_text(text)
-    script = tmp_path / "perspective_server.py"
+    limits = {"MAX_VIEWERS = 2000": "MAX_VIEWERS = 3", "PING_SECONDS = 60": "PING_SECONDS = 3"}
+    script = changed_server(tmp_path, limits)
     server = start(Server, "--dsn", service.database.dsn, script=script)
     viewers = [start(Raw, server.url) for _ in range(2)]
     silent = websocket(server)
     with Raw(server.url) as refused:
         assert refused.closed.wait(20)
         assert refused.socket.close_code == 1013 and "full" in refused.socket.close_reason
-    wait_until(lambda: server.health()["viewers"] == 2, 20, "the silent one gone")
+    wait_until(lambda: server.health()["viewers"] == 2, 40, "the silent one gone")
     for viewer in (*viewers, start(Raw, server.url)):
         viewer.assert_accepted(ask(HOSTED_TABLES))
     silent.close()
@@ -421,6 +467,13 @@ def test_other_host_names_get_nothing(service, public):
         assert status(server, "http://localhost/", Host="evil.example") == 404
 
 
+def test_an_allowed_origin_may_be_an_ipv6_address(service, start):
+    allowed = ("--allow-origin", "http://[2001:db8::1]:81")
+    server = start(Server, "--dsn", service.database.dsn, *allowed)
+    for host, code in (("[2001:db8::1]:81", 200), ("[2001:DB8::1]", 200), ("[2001:db8::2]", 404)):
+        assert server.get("/", {"Host": host})[0] == code
+
+
 PATHS = r"""/perspective /perspective/ /perspective/__init__.py /perspective/perspective-anywidgetX
     /perspective/../../../../perspective_server.py /perspective/%2e%2e/%2e%2e/__init__.py
     /perspective/..%2f..%2f__init__.py /perspective//etc/passwd /perspective/%2Fetc%2Fpasswd
@@ -469,6 +522,7 @@ def test_the_browser_build_is_compressed_and_cached(service):
             assert code == 200 and compressed == ("gzip" in encoding)
             assert (gzip.decompress(body) if compressed else body) == content
             assert len(body) < len(content) or not compressed
+            assert body[4:8] == bytes(4) or not compressed  # no time: the ETag outlives a restart
             assert "Accept-Encoding" in headers["Vary"]
             again = service.server.get(path, asked | {"If-None-Match": headers["ETag"]})
             assert (again[0], again[2]) == (304, b"")
@@ -493,6 +547,6 @@ def test_the_password_is_nowhere(clickhouse, start):
         assert script.wait() == 2 and len(script.lines) == 1, script.output
     for script in (*servers, *scripts):
         wait_until(lambda script=script: script.lines, 30, "something said")
-        script.stop(seconds=20)
+        script.stop()
     for script in (*servers, *scripts, *ended):
         assert script.lines and "s3cret" not in script.output

@@ -1,6 +1,5 @@
 """The server's command line, /healthz and the status table, and set-ups that people really have."""
 
-import asyncio
 import collections
 import contextlib
 import json
@@ -17,21 +16,23 @@ import time
 
 import pytest
 from clickhouse_http import ClickHouseProcess
-from conftest import ROOT, Connection, Database, Mirror, Script, Server, free_port, wait_until
+from conftest import (
+    HOUR,
+    ROOT,
+    Connection,
+    Database,
+    Mirror,
+    Script,
+    Server,
+    free_port,
+    now_ms,
+    wait_until,
+)
 from proxy import Proxy
 
 FIGURES = {"rows", "delivered", "rows_per_second", "lag_ms", "poll_ms", "viewers"}
 STATUS = "stock_values_status"
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-
-
-def insert(database, rows, age_ms=0):
-    """Insert a block of rows; the newest is so many ms old."""
-    newest = round(time.time() * 1000) - age_ms
-    database.command(
-        f"INSERT INTO stock_values SELECT fromUnixTimestamp64Milli(toInt64({newest} - number),"
-        f" 'UTC') AS time, 'AAPL.N', 'Homer', 2, 3, 1, 2.5, number, time FROM numbers({rows})"
-    )
 
 
 def requests_through(proxy):
@@ -76,12 +77,12 @@ def test_health_tells_the_truth_whatever_happens_to_clickhouse(tmp_path, start):
         times = requests_through(proxy)
         dsn = database.dsn.replace(str(process.port), str(proxy.port))
         server = start(Server, "--dsn", dsn, "--interval", 0.05)
+        # A wrong password is reported once and tried with growing pauses, until a viewer comes.
+        wait_until(lambda: len(times) >= 6)
+        assert times[5] - times[0] > 1.2
         mirror = start(Mirror, server.url, STATUS)
         nothing = {"rows": 0, "delivered": 0, "rows_per_second": 0, "lag_ms": None}
         wait_for_report(server, mirror, clickhouse="down", viewers=1, **nothing)
-        # A wrong password is reported once and tried with growing pauses.
-        wait_until(lambda: len(times) >= 6, 20)
-        assert times[5] - times[0] > 1.2
         assert server.output.count("Authentication failed") == 1
         process.kill()
         process.password = "admin1234"
@@ -89,16 +90,16 @@ def test_health_tells_the_truth_whatever_happens_to_clickhouse(tmp_path, start):
         wait_for_report(server, mirror, clickhouse="no table", table="stock_values", **nothing)
         database.create_table()
         wait_for_report(server, mirror, clickhouse="up", **nothing)
-        insert(database, 300)
+        database.insert(300)
         wait_for_report(server, mirror, clickhouse="up", rows=300, delivered=300)
         process.kill()
         wait_for_report(server, mirror, clickhouse="down", rows=300, delivered=300)
         process.start()
         wait_for_report(server, mirror, clickhouse="up", rows=300)
-        insert(database, 20)
+        database.insert(20)
         wait_for_report(server, mirror, rows=320)
         process.pause()
-        wait_for_report(server, mirror, 20, clickhouse="down", rows=320, rows_per_second=0)
+        wait_for_report(server, mirror, clickhouse="down", rows=320, rows_per_second=0)
         process.resume()
         wait_for_report(server, mirror, clickhouse="up", rows=320)
         assert "admin1234" not in server.output
@@ -109,15 +110,17 @@ def test_the_figures_of_health(table, start):
     server = start(Server, *options)
     mirror = start(Mirror, server.url, STATUS)
     assert 0 < wait_for_report(server, mirror, clickhouse="up", lag_ms=None)["poll_ms"] < 5000
-    insert(table, 600, age_ms=3000)
+    table.insert(300, 1000, step=0)  # 1970
+    assert wait_for_report(server, mirror, rows=300)["lag_ms"] is None
+    table.insert(300, now_ms() - 3000, step=0)
     wait_for_report(server, mirror, rows=600, delivered=600)
-    insert(table, 600, age_ms=3000)
+    table.insert(600, now_ms() - 3000, step=0)
     said = wait_for_report(server, mirror, rows=1000, delivered=1200)
     assert said["rows_per_second"] in (60, 120)  # over ten seconds, and the machine may be slow
     assert 3000 <= said["lag_ms"] < 30_000
-    insert(table, 1, age_ms=-70 * 365 * 86_400_000)  # a wrong clock: no tick that counts
+    table.insert(1, now_ms() + 70 * 8766 * HOUR)  # a wrong clock: no tick that counts
     assert 3000 <= wait_for_report(server, mirror, delivered=1201)["lag_ms"] < 60_000
-    insert(table, 1, age_ms=-30_000)
+    table.insert(1, now_ms() + 30_000)
     wait_for_report(server, mirror, delivered=1202, lag_ms=0)
     with Connection(server.url), Connection(server.url):
         wait_for_report(server, mirror, viewers=3)
@@ -133,6 +136,7 @@ def test_the_figures_of_health(table, start):
     wait_for_report(server, mirror, clickhouse="up", table="plain", rows=7, lag_ms=None)
 
 
+@pytest.mark.alone
 def test_the_status_comes_once_a_second_and_at_each_change_of_state(table, start):
     server = start(Server, "--dsn", table.dsn, "--interval", 0.05)
     mirror = start(Mirror, server.url, STATUS)
@@ -154,11 +158,12 @@ def test_the_status_comes_once_a_second_and_at_each_change_of_state(table, start
 # Nobody looks.
 
 
+@pytest.mark.alone
 def test_nobody_looks_so_it_polls_every_five_seconds_and_the_first_viewer_is_fresh(table, start):
     with Proxy(table.process.port) as proxy:
         dsn = table.process.dsn_of(table.name, port=proxy.port)
         server = start(Server, "--dsn", dsn, "--interval", 0.2)
-        insert(table, 10)
+        table.insert(10)
         with contextlib.closing(Mirror(server.url)) as mirror:
             mirror.wait_for_rows(10)
             wait_until(lambda: mirror.table("stock_values_history"), 20)
@@ -170,14 +175,14 @@ def test_nobody_looks_so_it_polls_every_five_seconds_and_the_first_viewer_is_fre
         times, inserted = requests_through(proxy), 10
         end = time.monotonic() + 6.5
         while time.monotonic() < end:
-            insert(table, 10)
+            table.insert(10)
             inserted += 10
             time.sleep(0.1)
         # Two polls at most; each is two requests, after which each rollup runs once.
         assert 2 <= len(times) <= 10
         wait_until(lambda: server.health()["delivered"] == inserted)
         assert server.get("/healthz")[0] == 200
-        insert(table, 7)
+        table.insert(7)
         assert server.health()["delivered"] == inserted
         began = time.monotonic()
         start(Mirror, server.url).wait_for_rows(inserted + 7)
@@ -211,51 +216,38 @@ def test_a_user_who_may_only_read_is_enough_and_polling_is_not_logged(guarded, s
         server = start(Server, "--dsn", dsn, "--interval", 0.05)
         mirror = start(Mirror, server.url)
         wait_until(lambda: mirror.snapshots, 20)
-        insert(database, 100)
-        insert(database, 50, age_ms=1000)
+        database.insert(100)
+        database.insert(50, now_ms() - 1000)
         wait_until(lambda: mirror.rows() == database.rows(), 20)
-        database.command("DELETE FROM stock_values WHERE volume = 3")
+        database.command("DELETE FROM stock_values WHERE volume % 100000 = 3")
         wait_until(lambda: mirror.rows() == database.rows(), 20)
         names = {f"stock_values_{name}" for name in ("tickers", "candles", "history", "status")}
         assert mirror.tables.keys() == names | {"stock_values"}
-        wait_until(lambda: all(map(mirror.table, names)), 20)
+        wait_until(lambda: all(map(mirror.table, names)), 60)
         assert server.health()["clickhouse"] == "up"
         assert "readonly" not in server.output
-        # The engine of the tests lets everybody read system tables, so look at what is read.
-        read = set(re.findall(r"system\.\w+", b"".join(heads).decode(errors="replace")))
-        assert read - {"system.settings"} == {name for name in GRANTED if "system" in name}
+        # The engine of the tests lets everybody read system tables, so look at what is read. If a
+        # poll reloads the window while rows are deleted, it is the next one that reads mutations.
+        tables = {name for name in GRANTED if "system" in name} | {"system.settings"}
+        find = re.compile(rb"system\.\w+").findall
+        wait_until(lambda: set(map(bytes.decode, find(b"".join(heads)))) == tables)
         polls = [head for head in heads if b"_block_number" in head]
         assert polls
         if user != "readonly_1":  # whose requests can carry no settings
             assert all(b"log_queries=0" in head for head in polls)
 
 
-@contextlib.contextmanager
-def gateway(target, context=None):
-    """A TLS server, or else an HTTP proxy, that passes everything on to a port of this machine.
-
-    Yields its port, and the set of servers for which the proxy was asked, which grows.
-    """
-    asked, loop = set(), asyncio.new_event_loop()
+def http_proxy(target):
+    """An HTTP proxy that passes everything on to a port of this machine, whoever is `asked` for."""
+    proxy, asked = Proxy(target), set()
 
     def note(request):
         asked.add(request[2].decode())
         return request[1] + b" "
 
-    async def pass_on(reader, writer):
-        with contextlib.suppress(OSError):
-            while data := await reader.read(1 << 16):
-                writer.write(re.sub(rb"^(POST|GET) http://([^/ ]+)", note, data))
-        writer.close()
-
-    async def serve(reader, writer):
-        answers, requests = await asyncio.open_connection("127.0.0.1", target)
-        await asyncio.gather(pass_on(reader, requests), pass_on(answers, writer))
-
-    server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0, ssl=context))
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    yield server.sockets[0].getsockname()[1], asked
-    loop.call_soon_threadsafe(loop.stop)
+    proxy.asked = asked
+    proxy.rewrite = lambda data: re.sub(rb"^(POST|GET) http://([^/ ]+)", note, data)
+    return proxy
 
 
 NO_PROXIES = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy", "no_proxy", "NO_PROXY"), "")
@@ -280,21 +272,21 @@ def work(*scripts):
 
 def test_the_proxy_of_the_environment_is_never_asked_for_this_machine(table, start):
     port, local = table.process.port, table.dsn.replace("127.0.0.1", "localhost")
-    with gateway(port) as (environment, asked), gateway(port) as (explicit, explicitly):
-        address = f"http://127.0.0.1:{environment}"
+    with http_proxy(port) as proxy, http_proxy(port) as explicit:
+        address = f"http://127.0.0.1:{proxy.port}"
         upper = {"HTTP_PROXY": address, "NO_PROXY": "a.invalid"}
         away = both(start, table.dsn.replace("127.0.0.1", "a.invalid"), **upper)
         work(*both(start, table.dsn, **upper), *both(start, local, http_proxy=address))
         # A proxy in the DSN wins.
-        option = f"?http_proxy=http://127.0.0.1:{explicit}"
+        option = f"?http_proxy=http://127.0.0.1:{explicit.port}"
         work(*both(start, local + option, http_proxy=address))
-        assert explicitly == {f"localhost:{port}"}
+        assert explicit.asked == {f"localhost:{port}"}
         # NO_PROXY is kept. For other hosts the proxy is asked.
         for script in away:
             script.wait_for("ClickHouse is away", 20)
-        assert asked == set()
+        assert proxy.asked == set()
         work(*both(start, table.dsn.replace("127.0.0.1", "b.invalid"), **upper))
-        assert asked == {f"b.invalid:{port}"}
+        assert proxy.asked == {f"b.invalid:{port}"}
         assert table.count() == 40
 
 
@@ -320,8 +312,8 @@ def tls_context(tmp_path):
 def test_tls_on_any_port_and_a_certificate_that_does_not_verify(
     table, start, tls_context, tmp_path
 ):
-    with gateway(table.process.port, tls_context) as (port, _):
-        ca = f"ca_cert={tmp_path / 'ca.pem'}"
+    with Proxy(table.process.port, context=tls_context) as proxy:
+        port, ca = proxy.port, f"ca_cert={tmp_path / 'ca.pem'}"
         https = f"https://admin:admin1234@localhost:{port}/{table.name}"
         secure = https.replace("https:", "clickhouse:") + "?secure=true"
         env = {"https_proxy": "http://127.0.0.1:9"}  # nothing is there, and nothing may ask it
@@ -349,7 +341,7 @@ RUNNER = """
 import contextlib, io, json, runpy, signal, sys
 signal.signal(signal.SIGALRM, lambda *_: sys.exit("did not end"))
 for arguments in json.loads(sys.argv.pop()):
-    signal.alarm(10)
+    signal.alarm(30)
     sys.argv, output, status = arguments, io.StringIO(), None
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
@@ -359,10 +351,16 @@ for arguments in json.loads(sys.argv.pop()):
     print(json.dumps([arguments, status, output.getvalue()]), flush=True)
 """
 BAD_VALUES = {
-    "--port": "0 99999 -1 x ''",
-    "--interval": "0 -1 nan inf 1e9 soon ''",
-    "--limit": "0 -5 1.5 1e9x 99999999999",
-    "--allow-origin": "null '*' example.com https://a.example/b ftp://a.example '' https:// http://a:b",
+    "perspective_server.py --port": "0 99999 -1 x ''",
+    "perspective_server.py --interval": "0 -1 nan inf 1e9 soon ''",
+    "perspective_server.py --limit": "0 -5 1.5 1e9x 99999999999",
+    "perspective_server.py --allow-origin": "null '*' example.com https://a.example/b ftp://a.example"
+    " '' https:// http://a:b",
+    "producer.py --interval": "0 -1 nan inf 1e9 soon",
+    "producer.py --rows": "0 1.5 many",
+    "producer.py --batches": "0 1.5 many",
+    "producer.py --seed": "-1 x",
+    "producer.py": "clickhouse://admin:s3cret@h/test",
 }
 BAD_DSNS = """'' localhost http://localhost:8123 clickhouse:// clickhouse:///test
     clickhouse://u:s3cret@h:0/test clickhouse://u:s3cret@h:99999/test
@@ -378,7 +376,7 @@ def test_bad_options_and_dsns_get_one_line_and_status_2():
     script = "perspective_server.py"
     lines = [[script, *shlex.split(line)] for line in BAD_LINES.split("|")]
     for option, values in BAD_VALUES.items():
-        lines += [[script, option, value] for value in shlex.split(values)]
+        lines += [[*option.split(), value] for value in shlex.split(values)]
     for dsn in shlex.split(BAD_DSNS):
         lines += [[name, "--dsn", dsn] for name in (script, "producer.py")]
     command = [sys.executable, "-c", RUNNER, json.dumps(lines)]
@@ -389,7 +387,7 @@ def test_bad_options_and_dsns_get_one_line_and_status_2():
         for answer in answers
         if answer[1] != 2
         or not re.fullmatch(rf"{answer[0][0]}: .*\n", answer[2])
-        or "s3cret" in answer[2]
+        or re.search(r"s3cret|123[/?#]", answer[2])
     ]
     assert not wrong
     assert len(answers) == len(lines)
@@ -400,7 +398,7 @@ def test_dsn_options_that_the_driver_does_not_take_end_both_scripts(start):
     dsn = f"clickhouse://u:s3cret@127.0.0.1:{free_port()}/test"
     options = ("foo=1", "compress=very", "connect_timeout=soon")
     for script in [script for option in options for script in both(start, f"{dsn}?{option}")]:
-        wait_until(lambda script=script: script.process.poll() is not None, 10, script.lines)
+        wait_until(lambda script=script: script.process.poll() is not None, 30, script.lines)
         assert script.wait() in (1, 2)
         assert re.match(r"(producer|perspective_server).py: ", script.lines[-1])
         assert "s3cret" not in script.output
@@ -409,7 +407,7 @@ def test_dsn_options_that_the_driver_does_not_take_end_both_scripts(start):
 
 def ends_at_once(script, text):
     """Check that a script ends with status 1 and one line, which holds the text."""
-    assert script.wait(20) == 1, script.output
+    assert script.wait() == 1, script.output
     [line] = script.lines
     assert line.startswith("perspective_server.py: ")
     assert text in line
@@ -441,9 +439,9 @@ def test_beginnings_that_fail_get_one_line_and_status_1(start, tmp_path):
 # The end.
 
 
-def ends_well(script, number):
-    """Send a signal; the end must come within three seconds, and in peace."""
-    assert script.stop(number, seconds=3) == 0, script.output
+def ends_well(script, number, seconds=3):
+    """Send a signal; the end must come within the promised three seconds, and in peace."""
+    assert script.stop(number, seconds) == 0, script.output
     assert "Traceback" not in script.output
     assert "Error" not in script.output
 
@@ -452,6 +450,7 @@ def said_goodbye(viewer):
     return viewer.closed.wait(3) and viewer.socket.close_code == 1001
 
 
+@pytest.mark.alone
 @SIGNALS
 def test_a_signal_before_clickhouse_is_there(start, number):
     server = start(Server, "--dsn", f"clickhouse://a:b@127.0.0.1:{free_port()}/test")
@@ -461,6 +460,7 @@ def test_a_signal_before_clickhouse_is_there(start, number):
     assert said_goodbye(viewer)
 
 
+@pytest.mark.alone
 @SIGNALS
 def test_a_signal_while_a_poll_hangs_and_a_viewer_reads_nothing(table, start, number):
     release = threading.Event()
@@ -472,7 +472,7 @@ def test_a_signal_while_a_poll_hangs_and_a_viewer_reads_nothing(table, start, nu
         wait_until(lambda: deaf.snapshots, 20)
         deaf.loop.call_soon_threadsafe(release.wait, 60)
         for blocks in range(1, 4):
-            insert(table, 25_000)
+            table.insert(25_000)
             server.wait_for_delivered(25_000 * blocks)
         proxy.stall()
         assert proxy.wait(proxy.faults + 1, 10)
@@ -481,6 +481,7 @@ def test_a_signal_while_a_poll_hangs_and_a_viewer_reads_nothing(table, start, nu
         assert all(map(said_goodbye, viewers))
 
 
+@pytest.mark.alone
 @SIGNALS
 @pytest.mark.parametrize("phase", ["starts", "runs"])
 def test_a_signal_while_the_embedded_engine(start, tmp_path, phase, number):
@@ -513,7 +514,7 @@ def test_embedded_keeps_every_row_even_when_killed(start, tmp_path):
                 ends_at_once(start(Script, "perspective_server.py", *options), str(path))
                 server.kill()
             else:
-                ends_well(server, signal.SIGTERM)
+                ends_well(server, signal.SIGTERM, seconds=60)  # others run beside this test
     with ClickHouseProcess(path) as process:
         assert rows <= Database(process, "test").rows()
 
@@ -535,7 +536,7 @@ def test_viewers_of_two_servers_behind_a_proxy_agree(table, start):
                 first, *others = [mirror.table(name) for mirror in mirrors]
                 return len(first) >= 13 and all(other == first for other in others)
 
-            wait_until(agree, 20)
+            wait_until(agree, 60)  # a rollup rests ten times as long as its run took
 
     with Proxy(servers[0].port) as proxy, contextlib.ExitStack() as viewers:
         for server in servers * 2:
