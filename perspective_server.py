@@ -407,6 +407,8 @@ class Tail:
         self.checkpoints = collections.deque([(block - 1, first - skipped)])
         came = self.count_arrived(first)
         self.move_cursor(now, first + came, came)
+        if came < count - skipped:  # rows were deleted between the two queries
+            self.metadata = None  # the next poll loads the window again
         if not replace:
             self.texts = 0  # a large window alone must not reach MAX_TEXTS
 

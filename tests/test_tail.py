@@ -303,15 +303,28 @@ def test_rows_deleted_outside_the_window_change_nothing_at_viewers(table, start,
     assert all(mirror.removals for mirror in mirrors)
 
 
+def test_rows_deleted_while_the_window_is_read_do_not_make_it_short(table, start):
+    table.insert(300)
+    with Proxy(table.process.port) as proxy:
+        dsn = table.process.dsn_of(table.name, port=proxy.port)
+        _, [mirror] = follow(start, dsn, "--limit", 100)
+        proxy.delay(2, when=lambda request: b"AS oldest" in request, times=1)
+        table.command(f"{ALTER} UPDATE open = 7 WHERE 1 {SYNC}")
+        assert proxy.wait(1, 30)
+        table.command("DELETE FROM stock_values WHERE volume % 5 = 0")  # before the rows are read
+        agree(table, [mirror], 100)
+
+
 def test_rows_that_a_ttl_removes_matter_only_in_the_window(table, start):
     """The demo's TTL, of seconds instead of a day."""
     ttl = "ALTER TABLE stock_values MODIFY TTL toDateTime(timestamp) + INTERVAL {} SECOND"
     table.command(ttl.format(86_400))
     table.command("ALTER TABLE stock_values MODIFY SETTING merge_with_ttl_timeout = 0")
+    server, [mirror] = follow(start, table.dsn, "--limit", 100)
     for _ in range(5):
         table.insert(100, now_ms() - 86_395_000)
-    server, [mirror] = follow(start, table.dsn, "--limit", 100)
-    table.insert(100)
+    agree(table, [mirror], 100)
+    table.insert(100)  # in a poll of their own
     agree(table, [mirror], 100)
     lines, removals = list(server.lines), mirror.removals
 
