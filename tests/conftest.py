@@ -63,7 +63,7 @@ def wait_until(check, seconds=30, what=None):
         if result:
             return result
         if time.monotonic() > deadline:
-            pytest.fail(f"not within {seconds} s: {what or check}")
+            pytest.fail(f"not within {seconds} s: {what() if callable(what) else what or check}")
         time.sleep(0.05)
 
 
@@ -296,6 +296,8 @@ class Mirror:
         with self.lock:
             self.tables[name] = {row[index]: row for row in snapshot}
         for step, rows in waiting:
+            if step == "remove":  # the snapshot may lack them already
+                rows = [row for row in rows if row[index] in self.tables[name]]
             self._apply(name, step, index, rows)
         waiting = None
 

@@ -266,7 +266,7 @@ def main():
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory() as folder,
-        ClickHouseProcess(folder) as clickhouse,
+        ClickHouseProcess(folder, port=free_port()) as clickhouse,
         contextlib.closing(Soak(options, clickhouse)) as soak,
     ):
         return soak.run(60 * options.minutes)

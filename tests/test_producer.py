@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from clickhouse_http import ClickHouseProcess
-from conftest import ROOT, Database, Script, wait_until
+from conftest import ROOT, Database, Script, free_port, wait_until
 from proxy import Proxy, is_insert
 
 import producer
@@ -253,14 +253,15 @@ def test_every_fault_on_the_way_is_survived(produce, database, proxy):
         fault(*arguments, when=is_insert, times=times)
         assert proxy.wait(done, 30)
         until_printed(script, "ClickHouse is back", back + 1)
-    before, returned = outages()
+    until(lambda: len({*outages()}) == 1)
+    before, _ = outages()
     proxy.refuse()
     until_printed(script, "ClickHouse is away", before + 1)
     away, connections = time.time() * 1000, proxy.connections
     until(lambda: proxy.connections >= connections + 3)  # some attempts, but one line
     back = time.time() * 1000
     proxy.pass_on()
-    until_printed(script, "ClickHouse is back", returned + 1)
+    until_printed(script, "ClickHouse is back", before + 1)
     enough = database.count() + 40_000
     until(lambda: database.count() > enough)
     until(lambda: len({*outages()}) == 1)  # one line each; a slow machine may have more of them
@@ -272,7 +273,8 @@ def test_every_fault_on_the_way_is_survived(produce, database, proxy):
 
 
 def test_three_producers_outlive_a_crash_of_clickhouse(produce, tmp_path):
-    with ClickHouseProcess(tmp_path) as process, Proxy(process.port) as proxy:
+    process = ClickHouseProcess(tmp_path, port=free_port())
+    with process, Proxy(process.port) as proxy:
         options = ["--interval", 0.02, "--rows", 30, "--batches", 60, "--seed"]
         database = Database(process)
         dsn = process.dsn_of(database.name, port=proxy.port)

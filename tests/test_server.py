@@ -109,14 +109,15 @@ def test_the_figures_of_health(table, start):
     options = ["--dsn", table.dsn, "--interval", 0.05, "--limit", 1000]
     server = start(Server, *options)
     mirror = start(Mirror, server.url, STATUS)
-    assert 0 < wait_for_report(server, mirror, clickhouse="up", lag_ms=None)["poll_ms"] < 5000
+    wait_for_report(server, mirror, clickhouse="up", lag_ms=None)
+    assert 0 < wait_until(lambda: server.health()["poll_ms"]) < 5000
     table.insert(300, 1000, step=0)  # 1970
     assert wait_for_report(server, mirror, rows=300)["lag_ms"] is None
     table.insert(300, now_ms() - 3000, step=0)
     wait_for_report(server, mirror, rows=600, delivered=600)
     table.insert(600, now_ms() - 3000, step=0)
     said = wait_for_report(server, mirror, rows=1000, delivered=1200)
-    assert said["rows_per_second"] in (60, 120)  # over ten seconds, and the machine may be slow
+    assert said["rows_per_second"] in (60, 90, 120)  # over ten seconds, and the machine may be slow
     assert 3000 <= said["lag_ms"] < 30_000
     table.insert(1, now_ms() + 70 * 8766 * HOUR)  # a wrong clock: no tick that counts
     assert 3000 <= wait_for_report(server, mirror, delivered=1201)["lag_ms"] < 60_000
@@ -474,8 +475,9 @@ def test_a_signal_while_a_poll_hangs_and_a_viewer_reads_nothing(table, start, nu
         for blocks in range(1, 4):
             table.insert(25_000)
             server.wait_for_delivered(25_000 * blocks)
+        done = proxy.faults + 1
         proxy.stall()
-        assert proxy.wait(proxy.faults + 1, 10)
+        assert proxy.wait(done, 10)
         ends_well(server, number)
         release.set()
         assert all(map(said_goodbye, viewers))
