@@ -192,7 +192,8 @@ def select_safely(name, kind):
     column = quote_identifier(name)
     plain = re.sub(r"(Nullable|LowCardinality|SimpleAggregateFunction)\((\w+, )?", "", kind)
     if re.match(r"Bool|Date(32)?\b|U?Int(8|16|32)\b", plain):
-        value = column
+        # A dictionary of anything but texts ends Perspective, and `if` makes it a plain column.
+        value = f"if(1, {column}, NULL)" if "LowCardinality" in kind else column
     elif plain.startswith("DateTime"):
         value = f"toDateTime64({column}, 3, 'UTC')"
     elif plain.startswith(("Float", "BFloat", "Decimal")):
@@ -221,7 +222,7 @@ class Metadata(NamedTuple):
     """Metadata of the table, from ClickHouse's system tables."""
 
     uuid: str  # changes when the table is recreated or exchanged
-    definition: tuple  # when it was changed, and whether that is less than two seconds ago
+    definition: int  # hash of CREATE TABLE; another default also changes rows that lack a value
     mutations: tuple  # number of the newest mutation, and in how many parts it is not done yet
     patch: int  # block of the newest patch part, which is what a lightweight UPDATE writes
     head: int  # the newest insert block
@@ -233,20 +234,21 @@ class Metadata(NamedTuple):
 METADATA_SQL = """
 SELECT
     (SELECT (if(empty(uuid), toString(metadata_modification_time), toString(uuid)),
-             (metadata_modification_time, metadata_modification_time > now() - 2))
+             sipHash64(create_table_query))
      FROM system.tables WHERE database = {database} AND name = {table}) AS definition,
     maxIf(data_version, data_version != min_block_number AND name NOT LIKE 'patch-%') AS newest,
     (newest, arrayCount(v -> v < newest, groupArray(data_version))) AS mutations,
     maxIf(max_block_number, name LIKE 'patch-%') AS patch,
     max(max_block_number) AS head,
-    sumIf(rows, name NOT LIKE 'patch-%') AS rows
+    sumIf(rows, name NOT LIKE 'patch-%') AS rows,
+    sumIf(parts.rows, name NOT LIKE 'patch-%' AND min_block_number > {head}) AS inserted
 FROM system.parts WHERE active AND database = {database} AND table = {table}
 """
-REWRITES_SQL = r"""
-SELECT count() FROM system.mutations
-WHERE database = {database} AND table = {table}
-    AND toUInt64OrZero(extract(mutation_id, '[0-9]+')) >= {since}
-    AND NOT match(command, '^\\(?(DELETE|UPDATE _row_exists = 0) ')
+MUTATIONS_SQL = r"""
+SELECT countIf(NOT match(command, '^\\(?(DELETE|UPDATE _row_exists = 0) ')) AS rewrites,
+    countIf(arrayMax(block_numbers.number) = {newest}) AS known
+FROM system.mutations WHERE database = {database} AND table = {table}
+    AND arrayMax(block_numbers.number) >= {since}
 """
 
 
@@ -309,23 +311,29 @@ class Tail:
         self.state, self.reported, self.due = "down", None, time.monotonic()
         self.rows = self.delivered = 0
         self.lag_ms = self.poll_ms = None
-        self.deliveries = collections.deque()  # (monotonic time, rows)
+        self.deliveries = collections.deque(maxlen=10_000)  # (monotonic time, rows)
 
     def poll(self):
         """Bring the live table up to date. After any exception the next poll can continue."""
         if self.client is None:
             self.client = producer.connect(self.dsn, settings=SETTINGS)
-        [(definition, _, *others)] = self.query(METADATA_SQL.format(**self.names))
+        head = self.metadata.head if self.metadata else 0
+        sql = METADATA_SQL.format(**self.names, head=head)
+        [(definition, _, *others, inserted)] = self.query(sql)
         if definition is None or definition[0] is None:
             self.query(f"EXISTS TABLE {self.source}")  # raises if the user may not see it
             raise TableMissingError
         now = Metadata(*definition, *others)
-        if now != self.metadata and (self.must_reload(now) or not self.append(now)):
+        delivered = self.delivered
+        if now != self.metadata and (self.must_reload(now) or not self.append(now, inserted)):
             self.load_window(now)
+        if self.delivered > delivered:
+            self.lag_ms = self.measure_lag(now)
 
-    def append(self, now):
+    def append(self, now, inserted):
         """Hand the rows between the cursor and the head to Perspective.
 
+        `inserted` is how many rows the parts have that came since the last poll, if none is merged.
         Returns False if the live table may differ from the newest rows afterwards.
         """
         old = self.metadata
@@ -345,7 +353,7 @@ class Tail:
         # Otherwise rows outside the window may have been deleted, which does not matter here.
         if not inserts_only and not (expected <= came < self.limit and self.window_is_intact(old)):
             return False
-        if not came and now.head > old.head:  # an attached part, see `settings_without_index`
+        if skipped + came < inserted:  # an attached part, see `settings_without_index`
             return False
         self.move_cursor(now, first + came, came)
         return True
@@ -353,15 +361,15 @@ class Tail:
     def must_reload(self, now):
         """Return whether more than inserts and deletions may have happened since the last poll."""
         old = self.metadata
-        if old is None or (now.uuid, now.patch) != (old.uuid, old.patch) or now.head < old.head:
-            return True
-        if now.definition != old.definition and self.check_table() != self.hosted_columns:
+        if old is None or now[:2] != old[:2] or now.patch != old.patch or now.head < old.head:
             return True
         if now.mutations != old.mutations:
             newest, pending = old.mutations
             since = 0 if pending else newest + 1  # older ones may have been done only now
-            [(rewrites,)] = self.query(REWRITES_SQL.format(**self.names, since=since))
-            return rewrites > 0
+            names = self.names | {"since": since, "newest": now.mutations[0]}
+            [(rewrites, known)] = self.query(MUTATIONS_SQL.format(**names))
+            # One that is not known was killed, or it was a lightweight UPDATE.
+            return rewrites > 0 or (not known and now.mutations[0] >= newest)
         return self.texts > MAX_TEXTS
 
     def window_is_intact(self, old):
@@ -402,6 +410,7 @@ class Tail:
                 self.relay.tables[self.table].replace(rows)
             log.info("the table was changed by more than inserts: reloaded the window")
         else:
+            self.hosted_columns = None
             self.make_tables(rows)
             self.hosted_columns = columns
         self.checkpoints = collections.deque([(block - 1, first - skipped)])
@@ -423,7 +432,7 @@ class Tail:
                     self.relay.client.table(empty, index=rollup.index).delete()
                 tables[f"{self.table}_{rollup.name}"] = empty, rollup.index
             except Exception as error:
-                if may_pass(error):
+                if may_pass(error) or self.check_table() != self.columns:
                     raise  # the next poll makes all tables
                 log.warning("going on without rollup %s: %s", rollup.name, explain(error))
         self.relay.host(tables | {self.table: (rows, self.ring[0])})
@@ -456,21 +465,21 @@ class Tail:
             self.rows = self.relay.tables[self.table].size()
         self.delivered += came
         self.deliveries.append((time.monotonic(), came))
-        if came and self.columns.get("timestamp", "").startswith("DateTime64"):
-            self.lag_ms = self.measure_lag()
 
-    def measure_lag(self):
+    def measure_lag(self, now):
         """Age in ms of the newest tick with a plausible time; None if the window has none."""
+        if not self.columns.get("timestamp", "").startswith("DateTime64"):
+            return None
         newest = self.relay.greatest(self.table, "timestamp")
-        now = time.time() * 1000
-        if newest and newest > now + 60_000:  # stamped by a wrong clock
+        time_ms = time.time() * 1000
+        if newest and newest > time_ms + 60_000:  # stamped by a wrong clock
             [(newest,)] = self.query(
                 f"SELECT toUnixTimestamp64Milli(max(t.timestamp)) FROM {self.source} AS t"
                 f" WHERE {PLAUSIBLE_TIME} AND _block_number > {self.checkpoints[0][0]}",
-                settings_without_index(self.metadata) if self.metadata.patch else None,
+                settings_without_index(now) if now.patch else None,
             )
         plausible = newest and newest >= YEAR_2000
-        return round(max(0, now - newest)) if plausible else None
+        return round(max(0, time_ms - newest)) if plausible else None
 
     def count_arrived(self, first):
         """How many rows, numbered from `first` on, Perspective has taken."""
@@ -566,15 +575,14 @@ class Tail:
     def health(self):
         """Return what /healthz says."""
         now, span = time.monotonic(), max(RATE_SECONDS, 2 * self.interval)
-        while self.deliveries and self.deliveries[0][0] < now - span:
-            self.deliveries.popleft()
+        delivered = [rows for at, rows in list(self.deliveries) if at >= now - span]
         overdue = now - self.due > 2 * MAX_PAUSE
         return {
             "clickhouse": "down" if overdue else self.state,
             "table": self.table,
             "rows": self.rows,
             "delivered": self.delivered,
-            "rows_per_second": round(sum(rows for _, rows in list(self.deliveries)) / span),
+            "rows_per_second": round(sum(delivered) / span),
             "lag_ms": self.lag_ms,
             "poll_ms": self.poll_ms,
             "viewers": len(self.relay.viewers),
@@ -734,12 +742,12 @@ class Relay:
         """
         with self.changing():
             outdated = [name for name in self.tables if name != self.status_name]
+            if outdated:
+                self.loop.call_soon_threadsafe(self.disconnect_viewers)
             for name in outdated:
                 table, view = self.tables.pop(name), self.views.pop(name)
                 view.delete()
                 table.delete()
-            if outdated:
-                self.loop.call_soon_threadsafe(self.disconnect_viewers)
             for name, (rows, index) in tables.items():
                 self.add_table(name, rows, index)
 

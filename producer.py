@@ -159,6 +159,8 @@ def check_table(client, database, table=TABLE, columns=COLUMNS, writing=False):
         "SELECT name, type, default_kind FROM system.columns"
         f" WHERE {key} table = {format_str(table)} ORDER BY position"
     ).result_rows
+    if not rows:  # it was dropped between the two queries
+        return {}
     types = {name: kind for name, kind, default in rows if default not in ("ALIAS", "EPHEMERAL")}
 
     def lacks(setting):

@@ -61,6 +61,9 @@ SCHEMAS = {
     "sensors": {
         "time": ("DateTime", TIME, HOUR),
         "sensor": ("LowCardinality(Nullable(String))", TEXT, "['attic', NULL][n % 2 + 1]"),
+        "floor": ("LowCardinality(Nullable(Int16))", PLAIN, "[-1, NULL, 300][n % 3 + 1]"),
+        "since": ("LowCardinality(Date)", DAY, "toDate('2024-06-01') + n"),
+        "indoors": ("LowCardinality(Bool)", PLAIN, "n % 2"),
         "temperature": ("Nullable(Float32)", FINITE, "[20.1, NULL, nan, -inf][n % 4 + 1]"),
         "humidity": ("Nullable(Decimal(5, 2))", NUMBER, "[40.25, NULL][n % 2 + 1]"),
         "pressure": ("Float64", FINITE, "1 / (n % 5) + 0.1"),
@@ -169,7 +172,7 @@ class Source:
         )
 
     def run(self, sql):
-        return self.client.command(sql)
+        return self.client.command(sql, settings={"allow_suspicious_low_cardinality_types": 1})
 
     def insert(self, rows):
         numbers = f"SELECT number FROM numbers({self.inserted}, {rows})"

@@ -19,6 +19,7 @@ from conftest import (
     ROOT,
     Connection,
     Database,
+    Mirror,
     Script,
     Server,
     changed_server,
@@ -212,6 +213,12 @@ CHANGES = {
         f"{ALTER} ATTACH PARTITION tuple()",
     ],
     "part detached": [f"{ALTER} DETACH PART '{{part}}'", f"{ALTER} ATTACH PART '{{part}}'"],
+    "partition attached, insert": [
+        MERGE,
+        f"{ALTER} DETACH PARTITION tuple()",
+        f"{ALTER} ATTACH PARTITION tuple()",
+        50,
+    ],
     "partition replaced": [*COPY, f"{ALTER} REPLACE PARTITION tuple() FROM stock_values_other"],
     "dropped, fewer blocks": [DROP, "create", 300],
     "dropped, as many blocks": [DROP, "create", 100, 100, 100, 100],
@@ -304,15 +311,66 @@ def test_rows_deleted_outside_the_window_change_nothing_at_viewers(table, start,
 
 
 def test_rows_deleted_while_the_window_is_read_do_not_make_it_short(table, start):
+    """Although the query after it, for the lag, gets no answer."""
     table.insert(300)
+    table.insert(1, now_ms() + 70 * 8766 * HOUR)
+    table.command(MERGE)
     with Proxy(table.process.port) as proxy:
         dsn = table.process.dsn_of(table.name, port=proxy.port)
         _, [mirror] = follow(start, dsn, "--limit", 100)
         proxy.delay(2, when=lambda request: b"AS oldest" in request, times=1)
         table.command(f"{ALTER} UPDATE open = 7 WHERE 1 {SYNC}")
         assert proxy.wait(1, 30)
-        table.command("DELETE FROM stock_values WHERE volume % 5 = 0")  # before the rows are read
+        table.command("DELETE FROM stock_values WHERE volume % 5 = 1")  # before the rows are read
+        proxy.drop_answer(when=lambda request: b"max(t.timestamp)" in request, times=2)
+        assert proxy.wait(3, 30)
         agree(table, [mirror], 100)
+
+
+def test_a_part_is_attached_while_others_are_removed(table, start):
+    table.command("SYSTEM STOP MERGES stock_values")
+    for _ in range(5):
+        table.insert(100)
+    server, [mirror] = follow(start, table.dsn, "--limit", 300)
+    server.process.send_signal(signal.SIGSTOP)
+    table.command(f"{ALTER} DROP PART 'all_1_1_0'")
+    table.command(f"{ALTER} DETACH PART 'all_2_2_0'")
+    table.command(f"{ALTER} ATTACH PART 'all_2_2_0'")
+    table.insert(50)
+    server.process.send_signal(signal.SIGCONT)
+    agree(table, [mirror], 300)
+
+
+def test_a_mutation_that_is_killed_has_changed_some_parts(table, start):
+    no_merges = "max_bytes_to_merge_at_max_space_in_pool = 1"
+    table.command(f"{ALTER} MODIFY SETTING {no_merges}")
+    for _ in range(5):
+        table.insert(100)
+    server, [mirror] = follow(start, table.dsn)
+    slowly = "UPDATE close = close + 1 + sleepEachRow(0.02) WHERE 1 SETTINGS mutations_sync = 0"
+    server.process.send_signal(signal.SIGSTOP)
+    table.command(f"{ALTER} {slowly}")
+    changed = "SELECT countIf(close > 3.2) FROM stock_values"  # 2.5 to 2.9 before
+    wait_until(lambda: table.command(changed))
+    table.command(f"KILL MUTATION WHERE database = '{table.name}'")
+    server.process.send_signal(signal.SIGCONT)
+    running = f"SELECT count() FROM system.merges WHERE database = '{table.name}'"
+    wait_until(lambda: table.command(running) == 0)  # what is in hand is finished
+    assert table.command(changed) < 500
+    agree(table, [mirror])
+
+
+def test_another_default_changes_the_rows_that_have_no_value(table, start):
+    table.insert(100)
+    table.command(f"{ALTER} ADD COLUMN venue String DEFAULT 'A'")
+    server, [mirror] = follow(start, table.dsn)
+
+    def venues():
+        return {row["venue"] for row in mirror.table("stock_values").values()}
+
+    assert venues() == {"A"}
+    table.command(f"{ALTER} MODIFY COLUMN venue DEFAULT 'B'")
+    wait_until(lambda: venues() == {"B"}, 30, lambda: server.output)
 
 
 def test_rows_that_a_ttl_removes_matter_only_in_the_window(table, start):
@@ -512,8 +570,50 @@ def test_a_table_that_does_not_fit_later_on_is_said_once_and_waited_for(table, s
     wait_for_state(server, "up")
 
 
+def test_tables_that_could_not_be_made_are_made_when_the_change_is_undone(table, start, tmp_path):
+    make = "table = self.client.table(rows, name=name, index=index)"
+    fail = 'if name == "stock_values" and b"venue" in rows: raise OSError("no")\n        '
+    script = changed_server(tmp_path, {make: fail + make})
+    server, [mirror] = follow(start, table.dsn, script=script)
+    table.command(f"{ALTER} ADD COLUMN venue String")
+    server.wait_for("ClickHouse is away, trying again: no")
+    table.command(f"{ALTER} DROP COLUMN venue")
+    table.insert(10)
+    agree(table, [mirror])
+    wait_for_state(server, "up")
+
+
+def test_a_column_that_is_away_while_tables_are_made_costs_no_rollup(table, start):
+    table.insert(100)
+    with Proxy(table.process.port) as proxy:
+        dsn = table.process.dsn_of(table.name, port=proxy.port)
+        server, _ = follow(start, dsn)
+        proxy.delay(2, when=lambda request: b"AS `slot`" in request, times=1)
+        table.command(f"{ALTER} ADD COLUMN venue String")
+        assert proxy.wait(1, 30)
+        table.command(f"{ALTER} RENAME COLUMN volume TO amount")
+        wait_for_state(server, "no table")
+        table.command(f"{ALTER} RENAME COLUMN amount TO volume")
+        wait_for_state(server, "up")
+        mirror = start(Mirror, server.url)
+        wait_until(lambda: len(mirror.tables) == 5, 30, lambda: server.output)
+
+
 # ---------------------------------------------------------------------------------------------
 # Failures.
+
+
+def test_a_table_that_is_dropped_just_as_the_server_starts_is_waited_for(table, start):
+    with Proxy(table.process.port) as proxy:
+        dsn = table.process.dsn_of(table.name, port=proxy.port)
+        proxy.delay(2, when=lambda request: b"engine_full" in request, times=1)
+        server, [mirror] = follow(start, dsn, complete=False)
+        assert proxy.wait(1, 30)
+        table.command(DROP)
+        wait_for_state(server, "no table")
+        table.create_table()
+        table.insert(10)
+        agree(table, [mirror])
 
 
 def test_started_before_clickhouse_the_database_and_the_table(fragile, start):
