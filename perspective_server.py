@@ -192,7 +192,7 @@ def select_safely(name, kind):
     column = quote_identifier(name)
     plain = re.sub(r"(Nullable|LowCardinality|SimpleAggregateFunction)\((\w+, )?", "", kind)
     if re.match(r"Bool|Date(32)?\b|U?Int(8|16|32)\b", plain):
-        # A dictionary of anything but texts ends Perspective, and `if` makes it a plain column.
+        # Perspective crashes on a dictionary of anything but strings; `if` makes a plain column.
         value = f"if(1, {column}, NULL)" if "LowCardinality" in kind else column
     elif plain.startswith("DateTime"):
         value = f"toDateTime64({column}, 3, 'UTC')"
@@ -246,7 +246,7 @@ FROM system.parts WHERE active AND database = {database} AND table = {table}
 """
 MUTATIONS_SQL = r"""
 SELECT countIf(NOT match(command, '^\\(?(DELETE|UPDATE _row_exists = 0) ')) AS rewrites,
-    countIf(arrayMax(block_numbers.number) = {newest}) AS known
+    countIf(arrayMax(block_numbers.number) = {newest}) AS listed
 FROM system.mutations WHERE database = {database} AND table = {table}
     AND arrayMax(block_numbers.number) >= {since}
 """
@@ -333,8 +333,8 @@ class Tail:
     def append(self, now, inserted):
         """Hand the rows between the cursor and the head to Perspective.
 
-        `inserted` is how many rows the parts have that came since the last poll, if none is merged.
-        Returns False if the live table may differ from the newest rows afterwards.
+        `inserted` is the number of rows in new parts, without those merged into older ones. Returns
+        False if the live table may differ from the newest rows afterwards.
         """
         old = self.metadata
         settings = settings_without_index(now) if now.patch else None
@@ -361,15 +361,17 @@ class Tail:
     def must_reload(self, now):
         """Return whether more than inserts and deletions may have happened since the last poll."""
         old = self.metadata
-        if old is None or now[:2] != old[:2] or now.patch != old.patch or now.head < old.head:
+        if old is None or now.head < old.head:
+            return True
+        if (now.uuid, now.definition, now.patch) != (old.uuid, old.definition, old.patch):
             return True
         if now.mutations != old.mutations:
             newest, pending = old.mutations
             since = 0 if pending else newest + 1  # older ones may have been done only now
             names = self.names | {"since": since, "newest": now.mutations[0]}
-            [(rewrites, known)] = self.query(MUTATIONS_SQL.format(**names))
-            # One that is not known was killed, or it was a lightweight UPDATE.
-            return rewrites > 0 or (not known and now.mutations[0] >= newest)
+            [(rewrites, listed)] = self.query(MUTATIONS_SQL.format(**names))
+            # A mutation that is not listed was killed, or it was a lightweight UPDATE.
+            return rewrites > 0 or (not listed and now.mutations[0] >= newest)
         return self.texts > MAX_TEXTS
 
     def window_is_intact(self, old):
