@@ -151,17 +151,23 @@ def test_the_window_is_the_newest_rows_if_a_poll_brings_more_than_the_limit(tabl
         assert (mirror.snapshots, mirror.removals) == (1, 0)
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("rows", [250, 300, 500])
-def test_the_window_is_the_newest_rows_if_a_poll_also_finds_rows_removed(table, start, rows):
+def test_the_window_is_the_newest_rows_if_a_poll_also_finds_rows_removed(
+    table, start, rows, merged
+):
     """The table grows by less than was inserted, without a mutation, as by a TTL."""
-    table.insert(200, now_ms() - HOUR)
+    for old in (200, 1):
+        table.insert(old, now_ms() - HOUR)
     server, mirrors = follow(start, table.dsn, "--limit", 100, mirrors=2)
     part = table.command(
-        f"SELECT name FROM system.parts WHERE active AND database = '{table.name}'"
+        f"SELECT min(name) FROM system.parts WHERE active AND database = '{table.name}'"
     )
     server.process.send_signal(signal.SIGSTOP)
     table.insert(rows)
     table.command(f"ALTER TABLE stock_values DROP PART '{part}'")
+    if merged:
+        table.command(MERGE)  # of the new rows with an old one
     server.process.send_signal(signal.SIGCONT)
     agree(table, mirrors, 100)
     table.insert(10)
