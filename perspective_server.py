@@ -11,6 +11,7 @@ import asyncio
 import base64
 import collections
 import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -25,11 +26,13 @@ import sys
 import tempfile
 import threading
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
 import clickhouse_connect
+import numpy as np
 import perspective
 from clickhouse_connect.driver.binding import format_str
 from clickhouse_connect.driver.exceptions import DatabaseError
@@ -53,165 +56,17 @@ from producer import (
 log = logging.getLogger("perspective_server")
 
 # ---------------------------------------------------------------------------------------------
-# What viewers get: the live table, which holds the newest rows under the name of the ClickHouse
-# table; the rollups, which ClickHouse computes; and `<live table>_status`, the server's status.
-# To add a rollup, add an entry to ROLLUPS.
-
-
-class Rollup(NamedTuple):
-    """The table `<live table>_<name>` with the rows that `sql` gives, one for each `index`.
-
-    In the SQL, {source} stands for the ClickHouse table, {ticks} for the ticks with a plausible
-    time, with the columns of TICKS_SQL, and {recent} for the last five minutes of them. It runs
-    when rows have changed, at most every `interval` seconds. Cast integers of 64 bits by toFloat64,
-    and dates and times to DateTime64(3).
-    """
-
-    name: str
-    index: str
-    interval: float
-    sql: str
-
-
-# Perspective refuses text that is not UTF-8, and ends it at a zero byte.
-TEXT_SQL = "replaceAll(toValidUTF8(toString({})), char(0), '\N{REPLACEMENT CHARACTER}')"
-# Rollups contain the ticks from the year 2000 to one minute in the future, so that a wrong clock
-# cannot freeze a price or stretch an axis. Ticks of the same millisecond are ordered by insert
-# block and offset; as one number, because comparing tuples takes ClickHouse five times as long.
-PLAUSIBLE_TIME = """t.timestamp >= toDateTime64('2000-01-01 00:00:00', 3, 'UTC')
-        AND t.timestamp <= now64(3) + INTERVAL 1 MINUTE"""
-YEAR_2000 = 946_684_800_000  # ms since 1970
-ARRIVAL_SQL = "toInt128(ms) * 1000000000000000000 + t._block_number * 1000000000 + t._block_offset"
-TICKS_SQL = f"""(
-    SELECT
-        t.timestamp AS time,
-        toUnixTimestamp64Milli(t.timestamp) AS ms,
-        {TEXT_SQL.format("t.ticker")} AS ticker,
-        {TEXT_SQL.format("t.client")} AS client,
-        if(isFinite(t.open), toFloat64(t.open), NULL) AS open,
-        if(isFinite(t.high), toFloat64(t.high), NULL) AS high,
-        if(isFinite(t.low), toFloat64(t.low), NULL) AS low,
-        if(isFinite(t.close), toFloat64(t.close), NULL) AS close,
-        toFloat64(t.volume) AS volume,
-        {{arrival}} AS arrival
-    FROM {{source}} AS t
-    WHERE {PLAUSIBLE_TIME} {{condition}}
-) AS t"""
-# The five minutes end at the newest tick, not now: after a pause or a restart the last ticks are
-# still shown. They begin with a whole candle.
-RECENT_CONDITION = f"""AND t.timestamp >= toStartOfInterval(
-        (SELECT t.timestamp FROM {{source}} AS t WHERE {PLAUSIBLE_TIME}
-            ORDER BY t.timestamp DESC LIMIT 1) - INTERVAL 5 MINUTE, INTERVAL 2 SECOND)"""
-OHLCV_COLUMNS = """argMin(t.open, t.arrival) AS open,
-            max(t.high) AS high,
-            min(t.low) AS low,
-            argMax(t.close, t.arrival) AS close,
-            sum(t.volume) AS volume"""
-# Limits the size: the tickers with the most volume come first.
-ORDER_AND_LIMIT = "sum(volume) OVER (PARTITION BY ticker) DESC, ticker, time DESC LIMIT 20000"
-# Perspective never frees a text, so keys are reused after 256 intervals; at most 161 exist at once.
-# The number behind the last space, and the length before a text, keep keys distinct.
-ROLLUPS = [
-    Rollup(
-        "tickers",
-        index="ticker",
-        interval=1,
-        sql="""
-        SELECT
-            t.ticker AS ticker,
-            argMax(t.close, t.arrival) AS last,
-            argMax(t.close, t.arrival) / argMin(t.open, t.arrival) - 1 AS change,
-            max(t.high) AS high,
-            min(t.low) AS low,
-            sum(t.volume) AS volume
-        FROM {recent}
-        GROUP BY t.ticker
-        ORDER BY volume DESC, ticker LIMIT 20000""",
-    ),
-    Rollup(
-        "candles",
-        index="key",
-        interval=1,
-        sql=f"""
-        WITH 2000 AS step
-        SELECT
-            concat(t.ticker, ' ', toString(intDiv(t.ms, step) % 256)) AS key,
-            fromUnixTimestamp64Milli(intDiv(t.ms, step) * step, 'UTC') AS time,
-            t.ticker AS ticker,
-            {OHLCV_COLUMNS}
-        FROM {{recent}}
-        GROUP BY t.ticker, intDiv(t.ms, step)
-        ORDER BY {ORDER_AND_LIMIT}""",
-    ),
-    Rollup(
-        "history",
-        index="key",
-        interval=30,
-        sql=f"""
-        WITH
-            (SELECT max(t.ms) - min(t.ms) FROM {{ticks}}) AS span,
-            arrayFirst(seconds -> span < seconds * 160000, -- 160 steps of ms
-                [1, 5, 15, 60, 300, 900, 3600, 14400, 86400, 604800, 2592000, 7776000, 31536000]
-            ) * 1000 AS step
-        SELECT
-            concat(toString(length(t.ticker)), ' ', t.ticker, ' ', t.client, ' ',
-                toString(intDiv(t.ms, step) % 256)) AS key,
-            fromUnixTimestamp64Milli(intDiv(t.ms, step) * step, 'UTC') AS time,
-            t.ticker AS ticker,
-            t.client AS client,
-            {OHLCV_COLUMNS},
-            toFloat64(count()) AS ticks,
-            max(t.time) AS last_tick
-        FROM {{ticks}}
-        GROUP BY t.ticker, t.client, intDiv(t.ms, step)
-        ORDER BY {ORDER_AND_LIMIT}""",
-    ),
-]
-ROLLUP_COLUMNS = {name: kind for name, kind in COLUMNS.items() if name != "date"}
-
-
-def rollup_sql(rollup, source, block_numbers=True):
-    """Return a rollup's SQL over `source`, a table or a subquery."""
-    arrival = ARRIVAL_SQL if block_numbers else "ms"
-    ticks = functools.partial(TICKS_SQL.format, source=source, arrival=arrival)
-    recent = ticks(condition=RECENT_CONDITION.format(source=source))
-    return rollup.sql.format(source=source, ticks=ticks(condition=""), recent=recent)
-
-
-def shown_name(name):
-    """Return a column's name in Perspective, which reserves some names."""
-    return f"{name}_" if re.fullmatch("psp_(pkey|op|okey)|__INDEX__", name) else name
-
-
-def select_safely(name, kind):
-    """Return SQL that selects a column of a ClickHouse type as a value that Perspective takes.
-
-    NaN and infinity would leave wrong sums behind. What Perspective has no type for is text, and so
-    are integers of 64 bits: a browser rounds them above 2^53.
-    """
-    column = quote_identifier(name)
-    plain = re.sub(r"(Nullable|LowCardinality|SimpleAggregateFunction)\((\w+, )?", "", kind)
-    if re.match(r"Bool|Date(32)?\b|U?Int(8|16|32)\b", plain):
-        # Perspective crashes on a dictionary of anything but strings; `if` makes a plain column.
-        value = f"if(1, {column}, NULL)" if "LowCardinality" in kind else column
-    elif plain.startswith("DateTime"):
-        value = f"toDateTime64({column}, 3, 'UTC')"
-    elif plain.startswith(("Float", "BFloat", "Decimal")):
-        number = column if plain.startswith("Float") else f"toFloat64({column})"
-        value = f"if(isFinite({number}), {number}, NULL)"
-    else:
-        value = TEXT_SQL.format(column)
-    return f"{value} AS {quote_identifier(shown_name(name))}"
-
-
-# ---------------------------------------------------------------------------------------------
 # The tail. MergeTree numbers its insert blocks in the order in which they are committed, and keeps
-# the number with each row. So the number of the newest block is a cursor: the rows inserted since
-# the last poll are those with cursor < _block_number <= head, whatever their timestamps are and
-# however parts were merged. The head is metadata: reading it costs the same at any table size.
+# the number with each row. So the number of the newest block, the head, is a cursor: the rows
+# inserted since the last poll are those with cursor < _block_number <= head, whatever their
+# timestamps are and however parts were merged. Each poll reads the table's metadata, which costs
+# the same at any table size. There are three cases:
 #
-# Metadata also checks the answer: the number of rows must equal the growth of the parts. If it does
-# not, or after anything other than an insert, the window is reloaded.
+# 1. Nothing is different: done.
+# 2. Only the head and the number of rows are different: the newest rows are read. If as many came
+#    as the parts grew by, nothing but inserts happened, and Perspective gets these rows.
+# 3. Otherwise the window, which is the newest `limit` rows, is read anew and replaces what is
+#    there, at most once a second.
 #
 # The live table is a ring: the row with the number `arrival` takes the slot `arrival % limit`, and
 # with it the place of the oldest row. The slot is the index, so that changes, replacements and
@@ -219,274 +74,183 @@ def select_safely(name, kind):
 
 
 class Metadata(NamedTuple):
-    """Metadata of the table, from ClickHouse's system tables."""
+    """What ClickHouse's system tables say of the table."""
 
-    uuid: str  # changes when the table is recreated or exchanged
-    definition: int  # hash of CREATE TABLE; another default also changes rows that lack a value
-    mutations: tuple  # number of the newest mutation, and in how many parts it is not done yet
+    definition: int  # hash of CREATE TABLE and of the UUID, which a recreated table has anew
+    rewritten: tuple  # newest version of the parts that mutations wrote, and how many are older
     patch: int  # block of the newest patch part, which is what a lightweight UPDATE writes
     head: int  # the newest insert block
     rows: int  # in all parts
 
 
-# A mutation takes a block number, which becomes the data version of the parts that it rewrote. Some
-# database engines give tables no UUID.
+# Some database engines give tables no UUID. A mutation takes a block number, which becomes the
+# data version of the parts that it writes. `added` is the number of rows in parts that are all new.
 METADATA_SQL = """
 SELECT
-    (SELECT (if(empty(uuid), toString(metadata_modification_time), toString(uuid)),
-             sipHash64(create_table_query))
+    (SELECT sipHash64(if(empty(uuid), toString(metadata_modification_time), toString(uuid)),
+                      create_table_query)
      FROM system.tables WHERE database = {database} AND name = {table}) AS definition,
-    maxIf(data_version, data_version != min_block_number AND name NOT LIKE 'patch-%') AS newest,
-    (newest, arrayCount(v -> v < newest, groupArray(data_version))) AS mutations,
-    maxIf(max_block_number, name LIKE 'patch-%') AS patch,
+    maxIf(data_version, data_version != min_block_number AND NOT is_patch) AS newest,
+    (newest, arrayCount(v -> v < newest, groupArray(data_version))) AS rewritten,
+    maxIf(max_block_number, is_patch) AS patch,
     max(max_block_number) AS head,
-    sumIf(rows, name NOT LIKE 'patch-%') AS rows,
-    sumIf(parts.rows, name NOT LIKE 'patch-%' AND min_block_number > {head}) AS inserted
-FROM system.parts WHERE active AND database = {database} AND table = {table}
+    sumIf(parts.rows, NOT is_patch) AS rows,
+    sumIf(parts.rows, NOT is_patch AND min_block_number > {cursor}) AS added,
+    toUnixTimestamp64Milli(now64(3)) AS clock_ms
+FROM (SELECT *, name LIKE 'patch-%' AS is_patch FROM system.parts
+      WHERE active AND database = {database} AND table = {table}) AS parts
 """
-MUTATIONS_SQL = r"""
-SELECT countIf(NOT match(command, '^\\(?(DELETE|UPDATE _row_exists = 0) ')) AS rewrites,
-    countIf(arrayMax(block_numbers.number) = {newest}) AS listed
-FROM system.mutations WHERE database = {database} AND table = {table}
-    AND arrayMax(block_numbers.number) >= {since}
-"""
-
-
-def settings_without_index(metadata):
-    """Return settings with which ClickHouse 26.9 finds all rows by block number.
-
-    A part that was attached gets new block numbers, but keeps its index of the old ones. And while
-    there are patch parts, the virtual column is not found before the other columns are read.
-    """
-    return {"use_skip_indexes": 0} | ({"optimize_move_to_prewhere": 0} if metadata.patch else {})
-
-
-# Polling stays out of ClickHouse's query log. Settings that the user may not change are dropped.
+# What the queries depend on, whatever the user's profile says; what the user may not change is
+# dropped. Polling stays out of ClickHouse's query log.
 SETTINGS = {
     "max_execution_time": QUERY_TIMEOUT,
+    "max_query_size": 10_000_000,  # bytes; a table of 1,500 columns takes 400,000
+    "max_result_rows": 0,
+    "max_result_bytes": 0,
+    "result_overflow_mode": "throw",
+    "prefer_column_name_to_alias": 0,
     "log_queries": 0,
+    "output_format_arrow_string_as_string": 1,
     "output_format_arrow_low_cardinality_as_dictionary": 1,
 }
+# ClickHouse 26.9 does not find all rows by the index of block numbers: a part that was attached
+# keeps the index of its old ones.
+WITHOUT_INDEX = {"use_skip_indexes": 0}
+# And while there are patch parts, `_block_number` is not found before the other columns are read.
+WITH_PATCHES = {"optimize_move_to_prewhere": 0}
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # https://arrow.apache.org/docs/format/Columnar.html
 DROPPED_CODES = {60, 81, 218}  # ClickHouse's errors for a dropped table or database
-# And those that may pass: too slow, too many queries, too little memory; None: a broken connection.
-PASSING_CODES = {159, 202, 241, None} | DROPPED_CODES
+RELOAD_INTERVAL = 1  # seconds between two readings of the window
+MAX_SHORT_WINDOWS = 3  # in sequence, until it is clear that this user does not get all rows
 IDLE_INTERVAL = 5  # seconds between polls while there are no viewers
-RATE_SECONDS = 10  # over which rows_per_second is counted
-# Perspective never frees a text, so the tables are remade after this many that may be new: about
-# 330 bytes each in the server and in each browser.
-MAX_TEXTS = 1_500_000
 
 
 class TableMissingError(Exception):
     """There is no such table yet."""
 
 
-def may_pass(error):
-    """Return whether the same query may succeed later."""
-    if not isinstance(error, OSError | DatabaseError) or producer.is_fatal(error):
-        return False
-    return getattr(error, "code", None) in PASSING_CODES
-
-
 class Tail:
     """Keeps the newest `limit` rows of a ClickHouse table in a Perspective table.
 
     `run` polls every `interval` seconds until `stop` is set; it is meant for a thread of its own.
-    `error` is set if the table cannot be followed at the start. `revision` grows with each change.
+    `error` is set if the table cannot be followed at the start. `version` changes with the rows: it
+    is (how often the window was read, the cursor).
     """
 
-    def __init__(self, relay, dsn, table, interval, limit):
-        self.relay, self.dsn, self.table = relay, dsn, table
+    def __init__(self, relay, health, dsn, database, table, interval, limit):
+        self.relay, self.health, self.dsn = relay, health, dsn
+        self.database, self.table = database, table
         self.interval, self.limit = interval, limit
-        self.database = producer.split_dsn(dsn)[1]
-        self.source = producer.full_name(self.database, table)
-        self.names = {"database": format_str(self.database), "table": format_str(table)}
+        self.source = producer.full_name(database, table)
+        self.names = {"database": format_str(database), "table": format_str(table)}
         self.stop, self.wake = threading.Event(), threading.Event()
-        self.client = self.metadata = self.error = None
+        self.client = self.error = None
+        self.metadata = None  # as of the rows that Perspective has; None: read the window
         self.columns = {}  # ClickHouse types by name
         self.hosted_columns = None  # the columns with which the tables were made
-        self.arrived = self.revision = self.texts = 0
-        self.checkpoints = collections.deque()  # see `window_is_intact`
-        self.state, self.reported, self.due = "down", None, time.monotonic()
-        self.rows = self.delivered = 0
-        self.lag_ms = self.poll_ms = None
-        self.deliveries = collections.deque(maxlen=10_000)  # (monotonic time, rows)
+        self.arrived = 0  # rows that were numbered
+        self.short_windows = 0  # in sequence: they had fewer rows than metadata says
+        self.version, self.next_reload = (0, 0), 0
+        self.strings = Strings()
 
     def poll(self):
         """Bring the live table up to date. After any exception the next poll can continue."""
         if self.client is None:
             self.client = producer.connect(self.dsn, settings=SETTINGS)
-        head = self.metadata.head if self.metadata else 0
-        sql = METADATA_SQL.format(**self.names, head=head)
-        [(definition, _, *others, inserted)] = self.query(sql)
-        if definition is None or definition[0] is None:
+        now, added = self.read_metadata()
+        if now == self.metadata and not self.strings.too_many:
+            return
+        if self.only_inserts(now) and self.append(now, added):
+            return
+        self.metadata = None
+        if time.monotonic() >= self.next_reload:
+            self.load_window(now)
+
+    def read_metadata(self):
+        """Return the metadata, and how many rows are in parts that are newer than the cursor."""
+        cursor = self.metadata.head if self.metadata else 0
+        [row] = self.query(METADATA_SQL.format(**self.names, cursor=cursor))
+        definition, _, rewritten, patch, head, rows, added, clock_ms = row
+        if definition is None:
             self.query(f"EXISTS TABLE {self.source}")  # raises if the user may not see it
             raise TableMissingError
-        now = Metadata(*definition, *others)
-        delivered = self.delivered
-        if now != self.metadata and (self.must_reload(now) or not self.append(now, inserted)):
-            self.load_window(now)
-        if self.delivered > delivered:
-            self.lag_ms = self.measure_lag(now)
+        self.health.compare_clocks(clock_ms)
+        return Metadata(definition, rewritten, patch, head, rows), added
 
-    def append(self, now, inserted):
-        """Hand the rows between the cursor and the head to Perspective.
-
-        `inserted` is the number of rows in new parts, without those merged into older ones. Returns
-        False if the live table may differ from the newest rows afterwards.
-        """
+    def only_inserts(self, now):
+        """Return whether nothing but the head and the number of rows differs."""
         old = self.metadata
-        settings = settings_without_index(now) if now.patch else None
-        grown = now.rows - old.rows
-        # With so many rows, the check below cannot tell that others were removed.
-        if grown >= self.limit and self.count_rows(old.head, now, settings) != grown:
+        if old is None or now.head < old.head or self.strings.too_many:
             return False
-        skipped = max(0, grown - self.limit)  # rows that this very poll would overwrite
-        first = self.arrived + skipped
-        rows = self.read_rows(old.head, now, skipped, first, settings)
+        return now == old._replace(head=now.head, rows=now.rows)
+
+    def append(self, now, added):
+        """Hand the new rows to Perspective, unless others came than the parts grew by.
+
+        Returns whether it did. With more new rows than the window has, they are all of it.
+        """
+        grown = now.rows - self.metadata.rows
+        rows = self.read_rows(now, after=self.metadata.head)
+        count, newest = self.relay.measure(rows, self.time_column)
+        # More rows in new parts than the table grew by: rows were removed, or a part was replaced.
+        expected = count == min(grown, self.limit) and added <= grown
+        if not expected and self.short_windows < MAX_SHORT_WINDOWS:
+            return False
+        self.count_strings(now, after=self.metadata.head)
         self.metadata = None  # if Perspective fails half-way, only a fresh window is sure
-        with self.relay.changing():
-            self.relay.tables[self.table].update(rows)
-        came, expected = self.count_arrived(first), grown - skipped
-        inserts_only = came == expected and now.mutations == old.mutations
-        # Otherwise rows outside the window may have been deleted, which does not matter here.
-        if not inserts_only and not (expected <= came < self.limit and self.window_is_intact(old)):
-            return False
-        if skipped + came < inserted:  # an attached part, see `settings_without_index`
-            return False
-        self.move_cursor(now, first + came, came)
+        if count:
+            with self.relay.change_tables():
+                self.relay.tables[self.table].update(rows)
+        self.move_cursor(now, count, newest)
         return True
 
-    def must_reload(self, now):
-        """Return whether more than inserts and deletions may have happened since the last poll."""
-        old = self.metadata
-        if old is None or now.head < old.head:
-            return True
-        if (now.uuid, now.definition, now.patch) != (old.uuid, old.definition, old.patch):
-            return True
-        if now.mutations != old.mutations:
-            newest, pending = old.mutations
-            since = 0 if pending else newest + 1  # older ones may have been done only now
-            names = self.names | {"since": since, "newest": now.mutations[0]}
-            [(rewrites, listed)] = self.query(MUTATIONS_SQL.format(**names))
-            # A mutation that is not listed was killed, or it was a lightweight UPDATE.
-            return rewrites > 0 or (not listed and now.mutations[0] >= newest)
-        return self.texts > MAX_TEXTS
-
-    def window_is_intact(self, old):
-        """Return whether ClickHouse still has all rows of the window.
-
-        A checkpoint (block, arrived) says how many rows had been numbered when that block was the
-        newest. The first one lies before the window's oldest row and bounds what is counted.
-        """
-        block, arrived = self.checkpoints[0]
-        count = self.count_rows(block, old, settings_without_index(old))
-        return count == self.arrived - arrived
-
-    def count_rows(self, after, now, settings):
-        """Count the rows of the blocks `after` < number <= head."""
-        [(count,)] = self.query(
-            f"SELECT count() FROM {self.source}"
-            f" WHERE _block_number > {after} AND _block_number <= {now.head}",
-            settings,
-        )
-        return count
-
     def load_window(self, now):
-        """Load the newest rows into the live table; make it if needed."""
-        columns = self.check_table()
-        replace = columns == self.hosted_columns and self.texts <= MAX_TEXTS
-        self.metadata, self.columns, first = None, columns, self.arrived
-        [(block, count)] = self.query(  # of the window's oldest row, and how many rows from it on
-            f"WITH (SELECT min(b) FROM (SELECT _block_number AS b FROM {self.source}"
-            f" WHERE b <= {now.head} ORDER BY b DESC LIMIT {self.limit})) AS oldest"
-            f" SELECT toInt64(oldest), count() FROM {self.source}"
-            f" WHERE _block_number >= oldest AND _block_number <= {now.head}",
-            settings_without_index(now),
-        )
-        skipped = max(0, count - self.limit)
-        rows = self.read_rows(block - 1, now, skipped, first, settings_without_index(now))
-        if replace:
-            with self.relay.changing():
-                self.relay.tables[self.table].replace(rows)
-            log.info("the table was changed by more than inserts: reloaded the window")
-        else:
+        """Read the whole window; make the tables at the start and for other columns."""
+        self.next_reload = time.monotonic() + RELOAD_INTERVAL
+        self.columns = self.check_table()
+        recreate = self.columns != self.hosted_columns or self.strings.too_many
+        # At the start, an index finds the rows quickly. The newest `limit` rows are in as many
+        # blocks, unless some of these are empty; if so, the window is read again.
+        start = self.hosted_columns is None and not self.short_windows
+        after, settings = (now.head - self.limit, {}) if start else (-1, WITHOUT_INDEX)
+        rows = self.read_rows(now, after, settings)
+        self.version = self.version[0] + 1, now.head
+        if recreate:
             self.hosted_columns = None
-            self.make_tables(rows)
-            self.hosted_columns = columns
-        self.checkpoints = collections.deque([(block - 1, first - skipped)])
-        came = self.count_arrived(first)
-        self.move_cursor(now, first + came, came)
-        if came < count - skipped:  # rows were deleted between the two queries
-            self.metadata = None  # the next poll loads the window again
-        if not replace:
-            self.texts = 0  # a large window alone must not reach MAX_TEXTS
+            self.relay.host(self.table, rows, self.rollups)
+            self.hosted_columns = self.columns
+            self.strings.forget()
+        else:
+            with self.relay.change_tables():
+                self.relay.tables[self.table].replace(rows)
+            self.health.log_reload()
+        self.count_strings(now, after, settings)
+        if recreate:
+            self.strings.bytes = 0  # a large window alone is not too many
+        count, newest = self.relay.measure_table(self.table, self.time_column)
+        self.health.rows, self.health.columns = 0, self.columns
+        self.move_cursor(now, count, newest)
+        self.check_window(count, min(now.rows, self.limit))
 
-    def make_tables(self, rows):
-        """Make all tables anew, the live one last, so that a viewer who sees it sees all."""
-        tables = {}
-        nothing = f"(SELECT *, _block_number, _block_offset FROM {self.source} WHERE 0)"
-        for rollup in self.rollups:
-            try:
-                empty = self.read_arrow(rollup_sql(rollup, nothing))
-                with self.relay.lock:  # raises if Perspective has no such type, or no such index
-                    self.relay.client.table(empty, index=rollup.index).delete()
-                tables[f"{self.table}_{rollup.name}"] = empty, rollup.index
-            except Exception as error:
-                if may_pass(error) or self.check_table() != self.columns:
-                    raise  # the next poll makes all tables
-                log.warning("going on without rollup %s: %s", rollup.name, explain(error))
-        self.relay.host(tables | {self.table: (rows, self.ring[0])})
-        self.relay.publish_status(self)
-
-    @property
-    def rollups(self):
-        """The rollups, if the table has the columns that they need."""
-        return ROLLUPS if ROLLUP_COLUMNS.items() <= self.columns.items() else []
-
-    @property
-    def ring(self):
-        """Names of the columns slot and arrival; underscores follow a name that the table has."""
-
-        def free(name):
-            return free(f"{name}_") if name in self.columns else name
-
-        return free("slot"), free("arrival")
-
-    def move_cursor(self, now, arrived, came):
-        """Record that Perspective has the rows."""
-        self.metadata, self.arrived, self.revision = now, arrived, self.revision + 1
-        self.checkpoints.append((now.head, arrived))
-        while len(self.checkpoints) > 1 and self.checkpoints[1][1] <= arrived - self.limit:
-            self.checkpoints.popleft()
-        low_cardinality = re.compile(r"LowCardinality|(Nullable\()?(Enum|Bool)")  # have few texts
-        kinds = [kind for kind in self.columns.values() if not low_cardinality.match(kind)]
-        self.texts += came * sum("toString" in select_safely("", kind) for kind in kinds)
-        with self.relay.lock:
-            self.rows = self.relay.tables[self.table].size()
-        self.delivered += came
-        self.deliveries.append((time.monotonic(), came))
-
-    def measure_lag(self, now):
-        """Age in ms of the newest tick with a plausible time; None if the window has none."""
-        if not self.columns.get("timestamp", "").startswith("DateTime64"):
-            return None
-        newest = self.relay.greatest(self.table, "timestamp")
-        time_ms = time.time() * 1000
-        if newest and newest > time_ms + 60_000:  # stamped by a wrong clock
-            [(newest,)] = self.query(
-                f"SELECT toUnixTimestamp64Milli(max(t.timestamp)) FROM {self.source} AS t"
-                f" WHERE {PLAUSIBLE_TIME} AND _block_number > {self.checkpoints[0][0]}",
-                settings_without_index(now) if now.patch else None,
+    def check_window(self, count, expected):
+        """Have the window read again if it lacks rows: some were deleted just now, or an index that
+        is not complete was used. If rows are still missing, this user does not get them.
+        """
+        self.short_windows = self.short_windows + 1 if count < expected else 0
+        if 0 < self.short_windows < MAX_SHORT_WINDOWS:
+            self.metadata = None
+        elif self.short_windows == MAX_SHORT_WINDOWS:
+            log.warning(
+                "ClickHouse gives %s of the newest %s rows: a row policy or a limit such as"
+                " max_result_rows holds for this user. New rows are followed without counting them",
+                *(f"{rows:,}" for rows in (count, expected)),
             )
-        plausible = newest and newest >= YEAR_2000
-        return round(max(0, time_ms - newest)) if plausible else None
 
-    def count_arrived(self, first):
-        """How many rows, numbered from `first` on, Perspective has taken."""
-        newest = self.relay.greatest(self.table, self.ring[1])
-        return 0 if newest is None else max(0, int(newest) + 1 - first)
+    def move_cursor(self, now, count, newest):
+        """Record that Perspective has the rows."""
+        self.metadata, self.arrived = now, self.arrived + count
+        self.version = self.version[0], now.head
+        self.health.deliver(count, newest, self.limit)
 
     def check_table(self):
         """Return the table's columns; see `producer.check_table`."""
@@ -496,29 +260,54 @@ class Tail:
             raise TableMissingError
         return columns
 
-    def read_rows(self, after, now, skipped, first, settings):
-        """Read the rows of the blocks `after` < number <= head, in the order of arrival.
+    @property
+    def rollups(self):
+        """The rollups, if the table has the columns that they need."""
+        return ROLLUPS if ROLLUP_COLUMNS.items() <= self.columns.items() else []
 
-        The first ones are skipped; the others are numbered from `first` on.
+    @property
+    def time_column(self):
+        """The column whose greatest value is the newest tick's time; None without such a column."""
+        return "timestamp" if "DateTime64" in self.columns.get("timestamp", "") else None
+
+    def read_rows(self, now, after, settings=None):
+        """Read the newest rows of the blocks `after` < number <= head, at most `limit`.
+
+        Returns an Arrow stream in the order of arrival, numbered from `arrived` on.
         """
-        slot, arrival = map(quote_identifier, self.ring)
-        number = f"(rowNumberInAllBlocks() + {first})"
         names = ", ".join(map(quote_identifier, self.columns))
         values = ", ".join(select_safely(name, kind) for name, kind in self.columns.items())
-        return self.read_arrow(
-            f"SELECT {values}, toInt32({number} % {self.limit}) AS {slot},"
-            f" toFloat64({number}) AS {arrival} FROM (SELECT {names} FROM {self.source}"
-            f" WHERE _block_number > {after} AND _block_number <= {now.head}"
-            f" ORDER BY _block_number, _block_offset LIMIT {self.limit} OFFSET {skipped})",
-            settings,
+        number = f"(rowNumberInAllBlocks() + {self.arrived})"
+        sql = (
+            f"SELECT {values}, toInt32({number} % {self.limit}) AS slot,"
+            f" toFloat64({number}) AS arrival"
+            f" FROM (SELECT {names} FROM ({self.newest_rows(names, now, after)})"
+            " ORDER BY _block_number, _block_offset)"
         )
-
-    def read_arrow(self, sql, settings=None):
-        """Read rows as the bytes of an Arrow stream: none becomes a Python object."""
+        settings = (settings or {}) | (WITH_PATCHES if now.patch else {})
         arrow = self.client.raw_query(sql, fmt="ArrowStream", settings=settings)
         if not arrow.endswith(ARROW_END):  # Perspective would accept the beginning silently
             raise OSError("incomplete answer from ClickHouse")
         return arrow
+
+    def newest_rows(self, names, now, after):
+        return (
+            f"SELECT {names}, _block_number, _block_offset FROM {self.source}"
+            f" WHERE _block_number > {after} AND _block_number <= {now.head}"
+            f" ORDER BY _block_number DESC, _block_offset DESC LIMIT {self.limit}"
+        )
+
+    def count_strings(self, now, after, settings=None):
+        """Count the strings of the same rows as `read_rows`, if they may be many different ones."""
+        names = [name for name, kind in self.columns.items() if is_unbounded_string(kind)]
+        if names:
+            columns = ", ".join(map(quote_identifier, names))
+            sql = STRINGS_SQL.format(
+                strings=", ".join(f"toString({quote_identifier(name)})" for name in names),
+                rows=self.newest_rows(columns, now, after),
+            )
+            settings = (settings or {}) | (WITH_PATCHES if now.patch else {})
+            self.strings.add(*self.query(sql, settings)[0])
 
     def query(self, sql, settings=None):
         return self.client.query(sql, settings=settings).result_rows
@@ -539,34 +328,26 @@ class Tail:
                 self.report_failure(error)
                 wait = pause = min(max(2 * pause, self.interval), MAX_PAUSE)
             else:
-                self.report("up", f"following {self.database}.{self.table}")
+                self.health.report("up", f"following {self.database}.{self.table}")
                 pause, idle = 0, not self.relay.viewers
                 wait = began - time.monotonic() + max(self.interval, IDLE_INTERVAL * idle)
-            self.poll_ms = round(1000 * (time.monotonic() - began), 1)
-            self.due = time.monotonic() + wait
+            self.health.polled(time.monotonic() - began, wait)
             self.wake.wait(max(0, wait))
             self.wake.clear()
         self.close()
 
     def report_failure(self, error):
         if isinstance(error, TableMismatchError):
-            self.report("no table", str(error))
+            self.health.report("no table", str(error))
         elif isinstance(error, TableMissingError) or getattr(error, "code", None) in DROPPED_CODES:
             hint = "start producer.py" if self.table == TABLE else "create it, or check --table"
             text = f"no table {self.database}.{self.table}, waiting for it: {hint}"
-            self.report("no table", text)
+            self.health.report("no table", text)
         else:
             self.close()  # in chDB, the rest of an answer would stand before the next one
-            problem = "cannot use ClickHouse" if producer.is_fatal(error) else "ClickHouse is away"
-            self.report("down", f"{problem}, trying again: {explain(error)}", problem)
-
-    def report(self, state, text, kind=None):
-        """Log each change of state once. Another kind of reason is a change, too."""
-        self.state = state
-        if self.reported != (state, kind or text):
-            self.reported = (state, kind or text)
-            log.log(logging.INFO if state == "up" else logging.WARNING, "%s", text)
-            self.relay.publish_status(self)
+            problem, is_fault = problem_of(error)
+            text = f"{problem}, trying again: {explain(error)}"
+            self.health.report("down", text, problem, error if is_fault else None)
 
     def close(self):
         if self.client:
@@ -574,7 +355,82 @@ class Tail:
                 self.client.close()
             self.client = None
 
-    def health(self):
+
+def problem_of(error):
+    """Return what an error means, and whether it is a fault of this program or of Perspective."""
+    if producer.is_away(error):
+        return "ClickHouse is away", False
+    if producer.is_fatal(error):
+        return "cannot use ClickHouse", False
+    if isinstance(error, DatabaseError):
+        return f"ClickHouse refuses the query (error {error.code})", False
+    return f"{type(error).__name__}", True
+
+
+STATUS_TABLE = "server status"  # no rollup has a name with a space, and --table refuses it
+RATE_SECONDS = 10  # over which rows_per_second is counted
+MAX_CLOCK_MS = 30_000
+
+
+class Health:
+    """What the server says of itself: a line in the log at each change of state, /healthz, and the
+    table STATUS_TABLE, which has one row for the page's status line.
+    """
+
+    def __init__(self, relay, database, table, interval):
+        self.relay, self.database, self.table, self.interval = relay, database, table, interval
+        self.state, self.reported, self.due = "down", None, time.monotonic()
+        self.columns = []  # of the live table, in the page's names
+        self.rows = self.delivered = 0
+        self.lag_ms = self.poll_ms = self.clock_ms = None
+        self.deliveries = collections.deque(maxlen=10_000)  # (monotonic time, rows)
+        self.reloaded_at = -math.inf
+        page = hashlib.sha256(PAGE.read_bytes()).hexdigest()[:8]
+        self.version = f"Perspective {perspective.__version__}, page {page}"
+        types = dict.fromkeys(self.status(), "float")
+        types |= dict.fromkeys(("clickhouse", "database", "table", "columns", "version"), "string")
+        relay.add_table(STATUS_TABLE, types, "table")
+        self.publish()
+
+    def report(self, state, text, kind=None, fault=None):
+        """Log each change of state once. Another kind of reason is a change, too."""
+        self.state = state
+        if self.reported != (state, kind or text):
+            self.reported = (state, kind or text)
+            level = logging.INFO if state == "up" else logging.WARNING
+            log.log(level, "%s", text, exc_info=fault)
+            self.publish()
+
+    def log_reload(self):
+        """Log that the window was reloaded; once, if it is reloaded again and again."""
+        now = time.monotonic()
+        if now - self.reloaded_at > 10 * RELOAD_INTERVAL:
+            log.info("the table was changed by more than inserts: reloaded the window")
+        self.reloaded_at = now
+
+    def compare_clocks(self, clock_ms):
+        """Note how far ClickHouse's clock is ahead of this machine's."""
+        before, self.clock_ms = self.clock_ms or 0, round(clock_ms - time.time() * 1000)
+        if abs(self.clock_ms) > MAX_CLOCK_MS >= abs(before):
+            ahead = round(self.clock_ms / 1000)
+            log.warning("ClickHouse's clock is %+d s from this machine's: set one of them", ahead)
+
+    def now_ms(self):
+        """The later of the two clocks, in ms since 1970."""
+        return time.time() * 1000 + max(0, self.clock_ms or 0)
+
+    def deliver(self, count, newest, limit):
+        """Note that Perspective has taken `count` rows, the newest of them stamped `newest` ms."""
+        self.rows, self.delivered = min(self.rows + count, limit), self.delivered + count
+        self.deliveries.append((time.monotonic(), count))
+        age = self.now_ms() - (newest or 0)
+        plausible = newest and newest >= YEAR_2000 and age >= -60_000
+        self.lag_ms = round(max(0, age)) if plausible else None
+
+    def polled(self, seconds, wait):
+        self.poll_ms, self.due = round(1000 * seconds, 1), time.monotonic() + wait
+
+    def as_dict(self):
         """Return what /healthz says."""
         now, span = time.monotonic(), max(RATE_SECONDS, 2 * self.interval)
         delivered = [rows for at, rows in list(self.deliveries) if at >= now - span]
@@ -590,111 +446,97 @@ class Tail:
             "viewers": len(self.relay.viewers),
         }
 
+    def status(self):
+        """Return the row of the status table."""
+        return self.as_dict() | {
+            "database": self.database,
+            "columns": json.dumps([*map(shown_name, self.columns), "slot", "arrival"]),
+            "version": self.version,
+            "time": round(time.time() * 1000),
+            "clock_ms": self.clock_ms,
+        }
+
+    def publish(self):
+        with self.relay.change_tables():
+            self.relay.tables[STATUS_TABLE].update([self.status()])
+
 
 # ---------------------------------------------------------------------------------------------
-# Rollups run in a thread and with a client of their own: a slow or failing one never holds up the
-# tail. ClickHouse computes all rows each time. Those that differ from the last time go to
-# Perspective, and from there to the viewers.
+# Values of any table. Perspective rejects strings that are not UTF-8, and cuts them at a NUL byte.
+# NaN and infinity would leave wrong sums behind. What Perspective has no type for becomes a string,
+# and so do integers of 64 bits: a browser rounds them above 2^53.
 
-ROLLUP_SHARE = 0.1  # of the time, for all of them together
-ROLLUP_TIMEOUT = 120  # seconds
-
-
-def finite(value):
-    """Return None for NaN and infinity, which Perspective refuses."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+STRING_SQL = "replaceAll(toValidUTF8(toString({})), char(0), '\N{REPLACEMENT CHARACTER}')"
 
 
-class RollupState:
-    """What is known of a rollup's table since it was made."""
-
-    def __init__(self, rollup, table):
-        self.rollup, self.table = rollup, table
-        self.rows = {}  # by index, as they are in the table
-        self.revision = None  # the tail's, when the rollup last ran
-        self.due = 0  # when it may run next
-        self.took = math.inf  # seconds, the last time
+def shown_name(name):
+    """Return a column's name in Perspective, where some names are reserved or ours."""
+    reserved = re.fullmatch("psp_(pkey|op|okey)|__INDEX__|(slot|arrival)_*", name)
+    return f"{name}_" if reserved else name
 
 
-class Rollups:
-    """Keeps the rollups' tables equal to what their SQL gives."""
+def select_safely(name, kind):
+    """Return SQL that selects a column of a ClickHouse type as a value that Perspective takes."""
+    column = quote_identifier(name)
+    plain = plain_type(kind)
+    if re.match(r"Date(32)?\b", plain):
+        value = f"toDate32({column})"  # ClickHouse before 26.2 writes a Date as a number
+    elif re.match(r"Bool|U?Int(8|16|32)\b", plain):
+        # Perspective crashes on a dictionary of anything but strings; `if` makes a plain column.
+        value = f"if(1, {column}, NULL)" if "LowCardinality" in kind else column
+    elif plain.startswith("DateTime"):
+        value = f"toDateTime64({column}, 3, 'UTC')"
+    elif plain.startswith(("Float", "BFloat", "Decimal")):
+        number = column if plain.startswith("Float") else f"toFloat64({column})"
+        value = f"if(isFinite({number}), {number}, NULL)"
+    else:
+        value = f"toLowCardinality({STRING_SQL.format(column)})"  # a repeated string comes once
+    return f"{value} AS {quote_identifier(shown_name(name))}"
 
-    def __init__(self, tail, history_source=None):
-        self.tail, self.relay = tail, tail.relay
-        self.sources = {"history": history_source} if history_source else {}  # other tables
-        self.stop, self.client, self.error = threading.Event(), None, None
-        self.states, self.failing = {}, set()
 
-    def run(self):
-        """Run what is due, one after the other, until `stop` is set."""
-        rest_until = 0
-        while not self.stop.wait(0.05):
-            now = time.monotonic()
-            states = map(self.state_of, self.tail.rollups)
-            due = [state for state in states if self.is_due(state, now, rest_until)]
-            if due:
-                state = min(due, key=lambda state: state.due)
-                self.refresh(state)
-                took = time.monotonic() - now
-                # A table that is still empty will have rows soon.
-                state.due = now + max(took, state.rollup.interval if state.rows else 1)
-                # A single slow run does not count: ClickHouse may have hung.
-                rest_until = now + min(took, state.took) / ROLLUP_SHARE
-                state.took = took
+def plain_type(kind):
+    return re.sub(r"(Nullable|LowCardinality|SimpleAggregateFunction)\((\w+, )?", "", kind)
 
-    def state_of(self, rollup):
-        table = self.relay.tables.get(f"{self.tail.table}_{rollup.name}")
-        if rollup.name not in self.states or self.states[rollup.name].table is not table:
-            self.states[rollup.name] = RollupState(rollup, table)
-        return self.states[rollup.name]
 
-    def is_due(self, state, now, rest_until):
-        changed = state.revision != self.tail.revision or state.rollup.name in self.sources
-        waited = changed and now >= max(state.due, rest_until)
-        return state.table is not None and (waited or state.due == 0)
+def is_unbounded_string(kind):
+    """Return whether a column of this type is shown as strings, of which there may be many."""
+    if re.match(r"LowCardinality|(Nullable\()?(Enum|Bool)", kind):
+        return False
+    return "toLowCardinality" in select_safely("", kind)
 
-    def refresh(self, state):
-        rollup = state.rollup
-        elsewhere = self.sources.get(rollup.name)
-        sql = rollup_sql(rollup, elsewhere or self.tail.source, block_numbers=not elsewhere)
-        revision = self.tail.revision
-        try:
-            if self.client is None:
-                self.client = producer.connect(
-                    self.tail.dsn,
-                    send_receive_timeout=ROLLUP_TIMEOUT,
-                    settings=SETTINGS | {"max_execution_time": ROLLUP_TIMEOUT},
-                )
-            result = self.client.query(sql, query_formats={"DateTime64": "int"})
-            self.apply(state, result.column_names, result.result_rows)
-        except Exception as error:
-            if self.client:
-                with contextlib.suppress(Exception):
-                    self.client.close()
-                self.client = None
-            if self.tail.state == "up" and rollup.name not in self.failing:
-                self.failing.add(rollup.name)
-                log.warning("rollup %s failed, trying again: %s", rollup.name, explain(error))
-        else:
-            state.revision = revision
-            self.failing.discard(rollup.name)
 
-    def apply(self, state, names, rows):
-        """Apply the differences from the last run to the rollup's table."""
-        old, rows = state.rows, {row[names.index(state.rollup.index)]: row for row in rows}
-        # If Perspective fails half-way, the next run sends all rows, and removes all others.
-        state.rows = dict.fromkeys([*old, *rows])
-        gone = list(old.keys() - rows.keys())
-        changed = [map(finite, row) for key, row in rows.items() if old.get(key) != row]
-        with self.relay.changing():
-            if state.table not in self.relay.tables.values():
-                return  # it was made anew meanwhile
-            if gone:
-                state.table.remove(gone)
-            if changed:
-                columns = map(list, zip(*changed, strict=True))
-                state.table.update(dict(zip(names, columns, strict=True)))
-        state.rows = rows
+# Perspective never frees a string. So the tables are recreated when the strings that came since
+# they were made take too much memory, in the server and in each browser.
+MAX_STRING_BYTES = 500_000_000
+STRING_OVERHEAD = 300  # bytes in Perspective, besides the string itself
+STRING_HASHES = 1 << 24
+STRINGS_SQL = f"""
+SELECT groupArray(hash), groupArray(bytes) FROM (
+    SELECT DISTINCT cityHash64(number, string) % {STRING_HASHES} AS hash, length(string) AS bytes
+    FROM (SELECT [{{strings}}] AS strings FROM ({{rows}}))
+    ARRAY JOIN strings AS string, arrayEnumerate(strings) AS number)
+"""
+
+
+class Strings:
+    """Counts the bytes of strings that did not come before. Repeated ones cost nothing."""
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self):
+        self.seen, self.bytes = np.zeros(STRING_HASHES, bool), 0
+
+    def add(self, hashes, lengths):
+        """Count strings by hash and length in bytes; two of the same hash count once."""
+        hashes, lengths = np.array(hashes, int), np.array(lengths, int)
+        new = ~self.seen[hashes]
+        self.bytes += int(np.sum(lengths[new] + STRING_OVERHEAD))
+        self.seen[hashes] = True
+
+    @property
+    def too_many(self):
+        return self.bytes > MAX_STRING_BYTES
 
 
 # ---------------------------------------------------------------------------------------------
@@ -709,16 +551,18 @@ class Relay:
         self.loop = loop
         self.server = perspective.Server()
         self.client = self.server.new_local_client()
+        self.session = self.server.new_session(lambda answer: self.answers.append(answer))
         self.lock = threading.Lock()  # of the engine, which one thread at a time may use
         self.turn = asyncio.Lock()  # of the viewers' requests
         self.tables, self.views = {}, {}
         self.viewers = set()
+        self.answers = []  # of the engine to the request in hand
         self.snapshots = {}  # Arrow streams by table, until its next change
         self.changes = []  # (table, kind of message, its body)
         self.max_unread = 4 << 20  # bytes
 
     @contextlib.contextmanager
-    def changing(self):
+    def change_tables(self):
         """Hold the engine while tables change, and then send all messages of the change together.
 
         Otherwise a viewer could draw half of a change; and a read in another thread would make the
@@ -732,28 +576,37 @@ class Relay:
                     self.loop.call_soon_threadsafe(self.send, self.changes)
                 self.changes = []
 
-    def greatest(self, name, column):
-        """Return the greatest value of a column, None if there is none."""
-        with self.lock:
-            return self.views[name].get_min_max(column)[1]
+    @contextlib.asynccontextmanager
+    async def read_tables(self):
+        """Wait until no table is being changed or made, and keep it so."""
+        async with self.turn:
+            while not self.lock.acquire(blocking=False):
+                await asyncio.sleep(0.002)
+            try:
+                yield
+            finally:
+                self.lock.release()
 
-    def host(self, tables):
-        """Make all tables but the status anew: {name: (Arrow stream, name of the index)}.
+    def host(self, live, rows, rollups):
+        """Make all tables anew but the status: those of the rollups, then the live one.
 
-        Viewers are disconnected, as their mirrors are out of date; they come back.
+        A viewer who sees the live table sees all. Viewers of earlier tables are disconnected, as
+        their mirrors are out of date; they come back.
         """
-        with self.changing():
-            outdated = [name for name in self.tables if name != self.status_name]
+        with self.change_tables():
+            outdated = [name for name in self.tables if name != STATUS_TABLE]
             if outdated:
                 self.loop.call_soon_threadsafe(self.disconnect_viewers)
             for name in outdated:
                 table, view = self.tables.pop(name), self.views.pop(name)
                 view.delete()
                 table.delete()
-            for name, (rows, index) in tables.items():
-                self.add_table(name, rows, index)
+            for rollup in rollups:
+                self.add_table(f"{live}_{rollup.name}", rollup.columns, next(iter(rollup.columns)))
+            self.add_table(live, rows, "slot")
 
     def add_table(self, name, rows, index):
+        """Make a table of an Arrow stream, or an empty one of {column: type}."""
         table = self.client.table(rows, name=name, index=index)
         view = table.view()
 
@@ -764,25 +617,27 @@ class Relay:
         view.on_remove(lambda _, arrow: note(ON_REMOVE, arrow))
         self.tables[name], self.views[name] = table, view
 
-    @contextlib.asynccontextmanager
-    async def unchanged(self):
-        """Wait until no table is being changed or made, and keep it so."""
-        async with self.turn:
-            while not self.lock.acquire(blocking=False):
-                await asyncio.sleep(0.002)
+    def measure(self, rows, column):
+        """Return how many rows an Arrow stream has, and the greatest value of a column, or None."""
+        with self.lock:
+            table = self.client.table(rows)
+            view = table.view()
             try:
-                yield
+                return table.size(), view.get_min_max(column)[1] if column else None
             finally:
-                self.lock.release()
+                view.delete()
+                table.delete()
 
-    def send(self, changes):
-        """Send changes to all who subscribed."""
-        for name, kind, body in changes:
-            self.snapshots.pop(name, None)
-            self.max_unread = max(self.max_unread, UNREAD_SNAPSHOTS * len(body))
-            for viewer in list(self.viewers):
-                for head in viewer.subscribed(name, kind):
-                    viewer.send(head + body)
+    def measure_table(self, name, column):
+        """The same of a table that is hosted."""
+        with self.lock:
+            size = self.tables[name].size()
+            return size, self.views[name].get_min_max(column)[1] if column else None
+
+    def ask_engine(self, request):
+        """Return the engine's answer to a request that has no parameters."""
+        self.session.handle_request(request)
+        return self.answers.pop()
 
     async def snapshot(self, name):
         """The rows of a table as an Arrow stream; read once between two changes."""
@@ -793,26 +648,20 @@ class Relay:
         self.max_unread = max(self.max_unread, UNREAD_SNAPSHOTS * len(arrow))
         return arrow
 
-    def disconnect_viewers(self, code=1012, reason="the tables were made anew"):
+    def send(self, changes):
+        """Send changes to all who subscribed."""
+        for name, kind, body in changes:
+            self.snapshots.pop(name, None)
+            self.max_unread = max(self.max_unread, UNREAD_SNAPSHOTS * len(body))
+            for viewer in list(self.viewers):
+                for view in viewer.views.values():
+                    if view.table == name and kind in view.subscriptions:
+                        viewer.send(view.subscriptions[kind] + body)
+
+    def disconnect_viewers(self, code=1012, reason="the tables were recreated"):
         self.snapshots.clear()
         for viewer in list(self.viewers):
             viewer.close(code, reason)
-
-    def host_status(self, tail):
-        """Host the table with what /healthz says, the table's columns, the version and the time."""
-        self.status_name = f"{tail.table}_status"
-        page = hashlib.sha256(PAGE.read_bytes()).hexdigest()[:8]
-        self.version = f"Perspective {perspective.__version__}, page {page}"
-        types = dict.fromkeys([*tail.health(), "time"], "float")
-        types |= dict.fromkeys(("clickhouse", "table", "columns", "version"), "string")
-        self.add_table(self.status_name, types, "table")
-        self.publish_status(tail)
-
-    def publish_status(self, tail):
-        columns = json.dumps([*map(shown_name, tail.columns), *tail.ring])
-        more = {"columns": columns, "version": self.version, "time": round(time.time() * 1000)}
-        with self.changing():
-            self.tables[self.status_name].update([tail.health() | more])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -825,18 +674,17 @@ class Relay:
 # rust/perspective-client/perspective.proto in the Perspective repository.
 
 FEATURES, HOSTED_TABLES, SCHEMA, SIZE = 3, 4, 7, 8
-MAKE_VIEW, DELETE_VIEW, TO_ARROW, SERVER_ERROR = 6, 11, 16, 50
-ON_UPDATE, CANCEL_UPDATE, ON_REMOVE, CANCEL_REMOVE = 21, 22, 39, 40
+MAKE_VIEW, DELETE_VIEW, TO_ARROW, ON_UPDATE, ON_REMOVE, SERVER_ERROR = 6, 11, 16, 21, 39, 50
 ENGINE_REQUESTS = (FEATURES, HOSTED_TABLES, SCHEMA, SIZE)
-REQUESTS = (*ENGINE_REQUESTS, MAKE_VIEW, DELETE_VIEW, TO_ARROW)
-REQUESTS += (ON_UPDATE, CANCEL_UPDATE, ON_REMOVE, CANCEL_REMOVE)
+REQUESTS = (*ENGINE_REQUESTS, MAKE_VIEW, DELETE_VIEW, TO_ARROW, ON_UPDATE, ON_REMOVE)
 
 MAX_VIEWERS = 2000
 MAX_VIEWS = 20  # of one viewer; the dashboard has five
 MAX_MESSAGE = 4096  # bytes from a viewer; the dashboard's are below 100
 UNREAD_SNAPSHOTS = 4  # a viewer may have the bytes of this many unread
 PING_SECONDS = 60  # a viewer that answers no ping for so long is gone
-REQUEST_SHARE = 0.1  # of the time that one viewer's requests may take
+FREE_REQUESTS = 60  # of a page that opens, which sends half as many
+REQUEST_SHARE = 0.1  # of the time that the later requests of one viewer may take
 
 
 def field(number, value):
@@ -865,13 +713,24 @@ def split_head(message):
 def split_field(message, numbers):
     """Split a message that is one field of bytes into its number and the bytes.
 
-    Raises ValueError if it is not, if the number is another, or if there are more than 127 bytes.
+    Raises RefusedError if it is not, if the number is another, or if there are over 127 bytes.
     """
     for number in numbers:
         body = message[len(field(number, b"")) :]
         if message == field(number, body):
             return number, body
-    raise ValueError("there is no such request")
+    raise RefusedError("there is no such request")
+
+
+class RefusedError(Exception):
+    """A viewer asked for what is not on the list."""
+
+
+class View(NamedTuple):
+    """A viewer's plain view of a table: a name and no configuration."""
+
+    table: str
+    subscriptions: dict  # head of the messages by ON_UPDATE or ON_REMOVE
 
 
 class Viewer(WebSocketHandler):
@@ -879,29 +738,30 @@ class Viewer(WebSocketHandler):
 
     def initialize(self):
         self.relay, self.tail = self.settings["relay"], self.settings["tail"]
-        self.session = None  # of the engine; a request that is refused gets none
-        self.views = {}  # table by the view's name
-        self.subscriptions = {}  # head of the messages by (view, ON_UPDATE or ON_REMOVE)
+        self.views = {}  # by name
+        self.requests = 0
 
     def check_origin(self, origin):
-        return is_known_origin(origin, self)
+        known = is_known_origin(origin, self)
+        if not known:
+            log_refused_origin(origin[:200], self.request.host[:200])
+        return known
 
     def open(self):
         if len(self.relay.viewers) >= MAX_VIEWERS:
             self.close(1013, f"the server is full: it takes {MAX_VIEWERS} viewers")
             return
-        self.session = self.relay.server.new_session(self.answer_from_engine)
         self.relay.viewers.add(self)
         self.tail.wake.set()  # it polls rarely while there are no viewers
 
     def on_close(self):
         self.relay.viewers.discard(self)
-        if self.session:
-            self.session.close()
 
     async def on_message(self, message):
         """Answer a request. The next one is read when this answer has been sent."""
-        async with self.relay.unchanged():
+        if self not in self.relay.viewers:
+            return
+        async with self.relay.read_tables():
             began = time.monotonic()
             answer = await self.respond(message)
             sent = self.send(answer) if answer else None
@@ -909,66 +769,59 @@ class Viewer(WebSocketHandler):
         if sent:
             with contextlib.suppress(WebSocketClosedError):
                 await sent
-        await asyncio.sleep(took * (1 / REQUEST_SHARE - 1))
+        self.requests += 1
+        if self.requests > FREE_REQUESTS:
+            await asyncio.sleep(took * (1 / REQUEST_SHARE - 1))
 
     async def respond(self, message):
-        """Return the answer, an error perhaps; None if the engine answers, or none is due."""
+        """Return the answer, which may be an error; None if none is due."""
         head = b""
         try:
+            if isinstance(message, str):
+                raise RefusedError("there is no such request")
             head, name, request = split_head(message)
             number, body = split_field(request, REQUESTS)
-            if number not in ENGINE_REQUESTS or body != b"":
-                return await self.answer(head, name, number, body)
-            name.decode()  # otherwise the engine prints an error
-            await self.relay.loop.run_in_executor(None, self.session.handle_request, message)
-        except Exception as error:
+            if number in ENGINE_REQUESTS and body == b"":
+                name.decode()  # otherwise the engine prints an error
+                ask = functools.partial(self.relay.ask_engine, message)
+                return await self.relay.loop.run_in_executor(None, ask)
+            return await self.answer(head, name.decode(), number, body)
+        except (RefusedError, UnicodeDecodeError) as error:
             text = f"refused ({error}): a viewer can mirror tables and nothing else"
-            return head + field(SERVER_ERROR, field(1, text.encode()))
+        except Exception:
+            log.exception("cannot answer a viewer")
+            text = "the server failed to answer; its log says why"
+        return head + field(SERVER_ERROR, field(1, text.encode()))
 
     async def answer(self, head, name, number, body):
-        """Return the answer to a request. Raises PermissionError if it is not on the list."""
+        """Return the answer to a request. Raises RefusedError if it is not on the list."""
         if number == MAKE_VIEW:
-            self.make_view(name.decode(), body)
+            self.make_view(name, split_field(body, [1])[1])
             return head + field(MAKE_VIEW, body)
         if name not in self.views:
-            raise PermissionError("you have no such view")
+            raise RefusedError("you have no such view")
+        view = self.views[name]
+        if number == DELETE_VIEW and body == b"":
+            del self.views[name]
+            return head + field(DELETE_VIEW, b"")
         if number == TO_ARROW and body == field(1, b""):  # all rows and columns
-            arrow = await self.relay.snapshot(self.views[name])
+            arrow = await self.relay.snapshot(view.table)
             return head + field(TO_ARROW, field(1, arrow))
         if (number, body) in ((ON_UPDATE, field(1, 0)), (ON_REMOVE, b"")):  # 0: changes by row
-            if (name, number) in self.subscriptions:
-                raise PermissionError("you have subscribed already")
-            self.subscriptions[name, number] = head
+            if number in view.subscriptions:
+                raise RefusedError("you have subscribed already")
+            view.subscriptions[number] = head
             return None
-        if number in (CANCEL_UPDATE, CANCEL_REMOVE):
-            self.subscriptions.pop((name, number - 1), None)  # 22 cancels 21, and 40 cancels 39
-            return head + field(number, b"")
-        if number == DELETE_VIEW:
-            del self.views[name]
-            for kind in (ON_UPDATE, ON_REMOVE):
-                self.subscriptions.pop((name, kind), None)
-            return head + field(DELETE_VIEW, b"")
-        raise PermissionError("there is no such request")
+        raise RefusedError("there is no such request")
 
-    def make_view(self, table, body):
-        """Note a plain view: it has a name and no configuration."""
-        _, name = split_field(body, [1])
+    def make_view(self, table, name):
         if table not in self.relay.tables:
-            raise PermissionError("there is no such table")
+            raise RefusedError("there is no such table")
         if len(self.views) >= MAX_VIEWS:
-            raise PermissionError(f"a viewer has at most {MAX_VIEWS} views")
-        if any(name in viewer.views for viewer in self.relay.viewers):
-            raise PermissionError("the view's name is in use")
-        self.views[name] = table
-
-    def subscribed(self, table, kind):
-        """Yield the head of each message with which a change of a table is to be sent."""
-        for (name, subscribed), head in self.subscriptions.items():
-            if subscribed == kind and self.views[name] == table:
-                yield head
-
-    def answer_from_engine(self, answer):
-        self.relay.loop.call_soon_threadsafe(self.send, answer)
+            raise RefusedError(f"a viewer has at most {MAX_VIEWS} views")
+        if name.decode() in self.views:
+            raise RefusedError("the view's name is in use")
+        self.views[name.decode()] = View(table, {})
 
     def send(self, message):
         """Write a message. Returns a future that is done when it is on its way, or None."""
@@ -983,6 +836,254 @@ class Viewer(WebSocketHandler):
         except StreamBufferFullError:
             log.warning("disconnected a viewer that does not read what is sent to it")
             self.ws_connection.stream.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# The rollups: tables that ClickHouse computes. To add one, add an entry to ROLLUPS. Each has a
+# thread and a client of its own, so a slow or failing one never holds up another, nor the tail.
+
+
+class Rollup(NamedTuple):
+    """The table `<live table>_<name>` with the rows that `sql` gives.
+
+    `columns` are Perspective's types by name; the first column is the index, with one row for each
+    value. In the SQL, {source} stands for the ClickHouse table, {ticks} for the ticks with a
+    plausible time, with the columns of TICKS_SQL, and {recent} for the last five minutes of them.
+    It runs when rows have changed, at most every `interval` seconds. With `step`, which is SQL for
+    a number of ms, {step} is that number, and after inserts {ticks} are only those of the steps
+    that have new ticks; the SQL gives a column `time`, the beginning of the step. Cast integers of
+    64 bits by toFloat64, and dates and times to DateTime64(3).
+    """
+
+    name: str
+    columns: dict
+    sql: str
+    interval: float
+    step: str = None
+
+
+# Rollups contain the ticks from the year 2000 to one minute in the future, by the later of the two
+# clocks, so that a wrong clock cannot freeze a price or stretch an axis. Ticks of the same
+# millisecond are ordered by insert block and offset; as one number, because comparing tuples takes
+# ClickHouse five times as long.
+YEAR_2000 = 946_684_800_000  # ms since 1970
+PLAUSIBLE_TIME = """t.timestamp >= toDateTime64('2000-01-01 00:00:00', 3, 'UTC')
+        AND t.timestamp <= greatest(now64(3), fromUnixTimestamp64Milli({now_ms}, 'UTC'))
+            + INTERVAL 1 MINUTE"""
+ARRIVAL_SQL = "toInt128(ms) * 1000000000000000000 + t._block_number * 1000000000 + t._block_offset"
+TICKS_SQL = f"""(
+    SELECT
+        t.timestamp AS time,
+        toUnixTimestamp64Milli(t.timestamp) AS ms,
+        {STRING_SQL.format("t.ticker")} AS ticker,
+        {STRING_SQL.format("t.client")} AS client,
+        if(isFinite(t.open), t.open, NULL) AS open,
+        if(isFinite(t.high), t.high, NULL) AS high,
+        if(isFinite(t.low), t.low, NULL) AS low,
+        if(isFinite(t.close), t.close, NULL) AS close,
+        toFloat64(t.volume) AS volume,
+        {{arrival}} AS arrival
+    FROM {{source}} AS t
+    WHERE {PLAUSIBLE_TIME} {{condition}}
+) AS t"""
+# The time of the newest tick that counts, by the order of the primary key.
+NEWEST_SQL = f"""(SELECT t.timestamp FROM {{source}} AS t WHERE {PLAUSIBLE_TIME}
+        ORDER BY t.timestamp DESC LIMIT 1)"""
+OLDEST_SQL = NEWEST_SQL.replace("DESC", "ASC")
+# The five minutes end at the newest tick, not now: after a pause or a restart the last ticks are
+# still shown. They begin with a whole candle.
+RECENT_CONDITION = f"""AND t.timestamp >= toStartOfInterval(
+        {NEWEST_SQL} - INTERVAL 5 MINUTE, INTERVAL 2 SECOND)"""
+CHANGED_CONDITION = f"""AND t.timestamp >= fromUnixTimestamp64Milli(intDiv((
+            SELECT minOrNull(toUnixTimestamp64Milli(t.timestamp)) FROM {{source}} AS t
+            WHERE {PLAUSIBLE_TIME} AND t._block_number > {{cursor}}
+        ), {{step}}) * {{step}}, 'UTC')"""
+# toString keeps 187.79 of a Float32 from becoming 187.7899932861328.
+OHLCV_COLUMNS = """toFloat64(toString(argMin(t.open, t.arrival))) AS open,
+            toFloat64(toString(max(t.high))) AS high,
+            toFloat64(toString(min(t.low))) AS low,
+            toFloat64(toString(argMax(t.close, t.arrival))) AS close,
+            sum(t.volume) AS volume"""
+OHLCV_TYPES = dict.fromkeys(("open", "high", "low", "close", "volume"), "float")
+# Each rollup has at most 20,000 rows: the tickers with the most volume, and in the history the 120
+# largest pairs of ticker and client of each step, of which there are at most 161; the others are
+# added up. Perspective never frees a string, so keys are reused after 256 steps. In the history the
+# ticker's length comes first, so that "A 1" + "2" and "A" + "1 2" get different keys.
+ROLLUPS = [
+    Rollup(
+        "tickers",
+        columns={"ticker": "string"}
+        | dict.fromkeys(("last", "change", "high", "low", "volume"), "float"),
+        interval=1,
+        sql=f"""
+        SELECT ticker, close AS last, (close - open) / nullIf(abs(open), 0) AS change,
+            high, low, volume
+        FROM (SELECT t.ticker AS ticker, {OHLCV_COLUMNS} FROM {{recent}} GROUP BY t.ticker)
+        ORDER BY volume DESC, ticker LIMIT 20000""",
+    ),
+    Rollup(
+        "candles",
+        columns={"key": "string", "time": "datetime", "ticker": "string"} | OHLCV_TYPES,
+        interval=1,
+        sql=f"""
+        WITH 2000 AS step
+        SELECT
+            concat(t.ticker, ' ', toString(intDiv(t.ms, step) % 256)) AS key,
+            fromUnixTimestamp64Milli(intDiv(t.ms, step) * step, 'UTC') AS time,
+            t.ticker AS ticker,
+            {OHLCV_COLUMNS}
+        FROM {{recent}}
+        GROUP BY t.ticker, intDiv(t.ms, step)
+        ORDER BY sum(volume) OVER (PARTITION BY ticker) DESC, ticker, time DESC LIMIT 20000""",
+    ),
+    Rollup(
+        "history",
+        columns={"key": "string", "time": "datetime", "ticker": "string", "client": "string"}
+        | OHLCV_TYPES
+        | {"ticks": "float", "last_tick": "datetime"},
+        interval=30,
+        step=f"""
+        SELECT arrayFirst(
+            seconds -> dateDiff('ms', {OLDEST_SQL}, {NEWEST_SQL}) < seconds * 160000, -- 160 steps
+            [1, 5, 15, 60, 300, 900, 3600, 14400, 86400, 604800, 2592000, 7776000, 31536000]
+        ) * 1000""",
+        sql=f"""
+        SELECT
+            if(other, concat('others ', number),
+                concat(toString(length(ticker)), ' ', ticker, ' ', client, ' ', number)) AS key,
+            fromUnixTimestamp64Milli(any(start), 'UTC') AS time,
+            if(other, '(others)', ticker) AS ticker,
+            if(other, '(others)', client) AS client,
+            any(if(other, NULL, open)) AS open,
+            any(if(other, NULL, high)) AS high,
+            any(if(other, NULL, low)) AS low,
+            any(if(other, NULL, close)) AS close,
+            sum(volume) AS volume,
+            toFloat64(sum(ticks)) AS ticks,
+            max(last_tick) AS last_tick
+        FROM (
+            SELECT *, toString(intDiv(start, {{step}}) % 256) AS number, row_number() OVER (
+                PARTITION BY start ORDER BY volume DESC, ticker, client) > 120 AS other
+            FROM (
+                SELECT t.ticker AS ticker, t.client AS client,
+                    intDiv(t.ms, {{step}}) * {{step}} AS start,
+                    {OHLCV_COLUMNS}, count() AS ticks, max(t.time) AS last_tick
+                FROM {{ticks}}
+                GROUP BY t.ticker, t.client, intDiv(t.ms, {{step}})
+            )
+        )
+        GROUP BY key, ticker, client""",
+    ),
+]
+# The rollups are made if the table has these columns.
+ROLLUP_COLUMNS = {name: kind for name, kind in COLUMNS.items() if name != "date"}
+ROLLUP_SHARE = 0.1  # of a rollup's time in which it may run
+ROLLUP_TIMEOUT = 120  # seconds
+
+
+def finite(value):
+    """Return None for NaN and infinity, which Perspective refuses."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RollupThread:
+    """Keeps a rollup's table equal to what its SQL gives. `run` is for a thread of its own.
+
+    `source` is another table to compute it from, such as a Distributed one.
+    """
+
+    def __init__(self, rollup, tail, source=None):
+        self.rollup, self.tail, self.relay = rollup, tail, tail.relay
+        self.name, self.source = f"{tail.table}_{rollup.name}", source
+        self.stop, self.client, self.error = threading.Event(), None, None
+        self.table = None  # Perspective's, which the rows are in
+        self.rows = {}  # by index
+        self.version, self.step = (0, 0), None  # the tail's version when it last ran
+        self.failing = False
+
+    def run(self):
+        """Run the SQL when rows have changed, until `stop` is set."""
+        due = 0
+        while not self.stop.wait(0.1):
+            table, began = self.relay.tables.get(self.name), time.monotonic()
+            changed = self.version != self.tail.version or self.source
+            if table is None or (table is self.table and not (changed and began >= due)):
+                continue
+            try:
+                self.refresh(table)
+            except Exception as error:
+                self.report_failure(error)
+            else:
+                self.failing = False
+            took = time.monotonic() - began
+            interval = self.rollup.interval if self.rows else 1  # an empty one has rows soon
+            due = began + max(interval, took / ROLLUP_SHARE)
+
+    def refresh(self, table):
+        if self.client is None:
+            settings = SETTINGS | WITH_PATCHES | {"max_execution_time": ROLLUP_TIMEOUT}
+            self.client = producer.connect(
+                self.tail.dsn, send_receive_timeout=ROLLUP_TIMEOUT, settings=settings
+            )
+        version = self.tail.version
+        step = self.query(self.rollup.step)[1][0][0] if self.rollup.step else None
+        # After anything but inserts, and for another step, all rows are computed.
+        inserts_only = version[0] == self.version[0] and step == self.step and step is not None
+        partial = inserts_only and table is self.table and not self.source
+        names, rows = self.query(self.rollup.sql, step, self.version[1] if partial else None)
+        rows = {row[0]: row for row in rows}
+        if partial:  # the steps that came replace those that were there
+            time_at = names.index("time")
+            steps = {row[time_at] for row in rows.values()}
+            rows = {k: row for k, row in self.rows.items() if row[time_at] not in steps} | rows
+        self.apply(table, names, rows)
+        self.version, self.step = version, step
+
+    def query(self, sql, step=None, cursor=None):
+        """Return the columns' names and the rows of SQL with placeholders; see Rollup."""
+        text = {
+            "source": self.source or self.tail.source,
+            "now_ms": round(self.tail.health.now_ms()),
+            "step": step,
+            "cursor": cursor,
+        }
+        condition = "" if cursor is None else CHANGED_CONDITION.format(**text)
+        text["arrival"] = "ms" if self.source else ARRIVAL_SQL
+        recent = TICKS_SQL.format(**text, condition=RECENT_CONDITION.format(**text))
+        ticks = TICKS_SQL.format(**text, condition=condition)
+        sql = sql.format(**text, ticks=ticks, recent=recent)
+        result = self.client.query(sql, query_formats={"DateTime64": "int"})
+        return result.column_names, result.result_rows
+
+    def apply(self, table, names, rows):
+        """Apply what is different from the last run."""
+        old = self.rows if table is self.table else {}
+        # If Perspective fails half-way, the next run sends all rows, and removes all others.
+        self.table, self.rows = table, dict.fromkeys([*old, *rows])
+        self.step = None
+        gone = list(old.keys() - rows.keys())
+        changed = [map(finite, row) for key, row in rows.items() if old.get(key) != row]
+        with self.relay.change_tables():
+            if self.relay.tables.get(self.name) is not table:
+                return  # it was recreated meanwhile
+            if gone:
+                table.remove(gone)
+            if changed:
+                columns = map(list, zip(*changed, strict=True))
+                table.update(dict(zip(names, columns, strict=True)))
+        self.rows = rows
+
+    def report_failure(self, error):
+        """Log that the rollup failed, once; if ClickHouse is away, the tail says so."""
+        if self.client:
+            with contextlib.suppress(Exception):
+                self.client.close()
+            self.client = None
+        if not self.failing and not (self.tail.health.state != "up" and producer.is_away(error)):
+            self.failing = True
+            fault = error if problem_of(error)[1] else None
+            text = explain(error)
+            log.warning("rollup %s failed, trying again: %s", self.name, text, exc_info=fault)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1006,6 +1107,15 @@ def is_known_origin(origin, handler):
     return origin in handler.settings["origins"] or origin == f"http://{handler.request.host}"
 
 
+@functools.lru_cache(maxsize=100)  # so that each is logged once
+def log_refused_origin(origin, host):
+    if origin == "null":
+        log.warning("refused a page of no origin, such as a sandboxed frame")
+    else:
+        option = f"--allow-origin {origin}"
+        log.warning("refused a page of %s at %s: to let it connect, add %s", origin, host, option)
+
+
 class Handler(RequestHandler):
     """Headers of all answers."""
 
@@ -1025,7 +1135,7 @@ class NotFoundHandler(Handler):
 
 class PageHandler(Handler):
     def get(self):
-        page = PAGE.read_bytes()
+        page = PAGE.read_bytes().replace(b"\r\n", b"\n")  # browsers hash it with these line ends
         [script] = re.findall(rb"<script[^>]*>(.*?)</script>", page, re.DOTALL)
         checksum = base64.b64encode(hashlib.sha256(script).digest()).decode()
         self.set_header("Content-Security-Policy", CONTENT_SECURITY_POLICY.format(checksum))
@@ -1065,7 +1175,7 @@ class HealthHandler(Handler):
     """How the server is doing, as JSON; status 503 while ClickHouse is away."""
 
     def get(self):
-        health = self.settings["tail"].health()
+        health = self.settings["tail"].health.as_dict()
         self.set_status(200 if health["clickhouse"] == "up" else 503)
         self.finish(health)
 
@@ -1101,30 +1211,83 @@ def make_app(relay, tail, address, origins):
 # ---------------------------------------------------------------------------------------------
 # The command line.
 
+EXAMPLE = """example:
+  python perspective_server.py --dsn clickhouse://user:password@host:8123/mydb --table trades
+"""
+MAX_LIMIT = 1_000_000  # rows
+
 
 def origin(text):
     """Parse an origin: scheme://host[:port]."""
     parts = urlsplit(text)
     complete = parts.hostname and parts.port != 0  # raises ValueError if the port is no number
     if text != f"{parts.scheme}://{parts.netloc}" or not complete or "http" not in parts.scheme:
-        raise producer.argparse.ArgumentTypeError(f"{text} is not an origin like https://host:port")
+        raise ArgumentTypeError(f"{text} is not an origin like https://host:port")
     return text
 
 
+def table_name(text):
+    """Parse [DATABASE.]TABLE, each perhaps in backticks, into (database or None, table)."""
+    name = r"(`(?:[^`\\]|\\.)+`|[^`.]+)"
+    match = re.fullmatch(rf"(?:{name}\.)?{name}", text)
+    if not match or text == STATUS_TABLE:
+        raise ArgumentTypeError(f"{text} is not a name like mydb.trades or `my.table`")
+    return tuple(
+        part and re.sub(r"\\(.)", r"\1", part[1:-1] if part[0] == "`" else part)
+        for part in match.groups()
+    )
+
+
 def parse(argv):
-    parser = producer.Parser(prog="perspective_server.py", description=__doc__.splitlines()[0])
+    parser = producer.Parser(
+        prog="perspective_server.py", description=__doc__.splitlines()[0], epilog=EXAMPLE
+    )
+    add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
     producer.add_dsn_option(source)
-    add, embedded = parser.add_argument, "ClickHouse and producer in this process, data in PATH"
-    source.add_argument("--embedded", nargs="?", const="", metavar="PATH", help=embedded)
-    add("--address", default="127.0.0.1", help="where to listen")
-    add("--port", type=producer.number(int, 1, 65535), default=8080)
-    add("--interval", type=producer.seconds, default=0.25, help="seconds between polls")
-    add("--limit", type=producer.positive_int, default=25_000, help="rows in the live table")
-    add("--table", default=TABLE, help="the MergeTree table to follow")
-    add("--history-table", metavar="[DATABASE.]TABLE", help="what the history is computed from")
-    origins = {"nargs": "+", "action": "extend", "default": [], "metavar": "ORIGIN"}
-    add("--allow-origin", type=origin, help="other origins whose pages may connect", **origins)
+    source.add_argument(
+        "--embedded",
+        nargs="?",
+        const="",
+        metavar="PATH",
+        help="ClickHouse and producer in this process, data in PATH or a temporary folder",
+    )
+    add("--address", default="127.0.0.1", help="where to listen (default: %(default)s)")
+    add("--port", type=producer.number(int, 1, 65535), default=8080, help="default: %(default)s")
+    add(
+        "--interval",
+        type=producer.seconds,
+        default=0.25,
+        help="seconds between polls (default: %(default)s)",
+    )
+    add(
+        "--limit",
+        type=producer.number(int, 1, MAX_LIMIT),
+        default=25_000,
+        help=f"rows in the live table (default: %(default)s, at most {MAX_LIMIT})",
+    )
+    add(
+        "--table",
+        type=table_name,
+        default=(None, TABLE),
+        metavar="[DATABASE.]TABLE",
+        help=f"the MergeTree table to follow (default: {TABLE})",
+    )
+    add(
+        "--history-table",
+        type=table_name,
+        metavar="[DATABASE.]TABLE",
+        help="what the history is computed from, such as a Distributed table",
+    )
+    add(
+        "--allow-origin",
+        type=origin,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ORIGIN",
+        help="other origins whose pages may connect, such as https://example.com",
+    )
     return parser.parse_args(argv)
 
 
@@ -1133,35 +1296,38 @@ def fail(text):
     return 1
 
 
-@contextlib.contextmanager
-def silenced_stderr():
-    """Silence the embedded engine, which prints the errors that it also raises."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+def listen(address, port):
+    """Return sockets; for a loopback address those of IPv4 and IPv6, as browsers may take either.
+
+    Raises OSError.
+    """
+    sockets = []
+    for each in ("127.0.0.1", "::1") if address in LOOPBACK else (address,):
+        try:
+            sockets += bind_sockets(port, each)
+        except OSError as error:
+            if not sockets or error.errno == errno.EADDRINUSE:
+                for listening in sockets:
+                    listening.close()
+                raise
+    return sockets
 
 
-async def serve(options, dsn, sockets, signalled):
+async def serve(options, dsn, sockets):
     """Serve until a signal comes, or until a permanent error, which is returned."""
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(signum, ended.set)
-    if signalled.is_set():
-        ended.set()
     relay = Relay(loop)
-    tail = Tail(relay, dsn, options.table, options.interval, options.limit)
-    relay.host_status(tail)
-    history_source = None
+    default = producer.split_dsn(dsn)[1]
+    database, table = options.table[0] or default, options.table[1]
+    health = Health(relay, database, table, options.interval)
+    tail = Tail(relay, health, dsn, database, table, options.interval, options.limit)
+    sources = {}
     if options.history_table:
-        *other, table = options.history_table.split(".", 1)
-        history_source = producer.full_name(other[0] if other else tail.database, table)
-    workers = [tail, Rollups(tail, history_source)]
+        other, name = options.history_table
+        sources["history"] = producer.full_name(other or default, name)
+    workers = [tail, *(RollupThread(each, tail, sources.get(each.name)) for each in ROLLUPS)]
     if options.embedded is not None:
         workers.append(producer.Producer(dsn, interval=0.25, rows=250, log=log.info))
     app = make_app(relay, tail, options.address, options.allow_origin)
@@ -1172,8 +1338,8 @@ async def serve(options, dsn, sockets, signalled):
         thread.start()
 
     while not ended.is_set() and all(worker.error is None for worker in workers):
-        # In a thread, as it waits for tables that are being made, and the end must not.
-        threading.Thread(target=relay.publish_status, args=[tail], daemon=True).start()
+        # In a thread: publishing waits for the engine, and shutdown must not.
+        threading.Thread(target=health.publish, daemon=True).start()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(ended.wait(), 1)
 
@@ -1193,15 +1359,12 @@ async def serve(options, dsn, sockets, signalled):
 def main(argv=None):
     """Run the server; returns the exit status."""
     options = parse(argv)
-    signalled = threading.Event()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: signalled.set())  # until `serve` listens to them
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for library in ("tornado.access", "clickhouse_connect", "urllib3"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # failures are reported here, once
     clickhouse_connect.common.set_setting("invalid_setting_action", "drop")
     try:
-        sockets = bind_sockets(options.port, options.address)
+        sockets = listen(options.address, options.port)
     except OSError as error:
         where = f"{options.address} port {options.port}"
         return fail(f"cannot listen on {where} ({error.strerror}): use another --address or --port")
@@ -1217,8 +1380,7 @@ def main(argv=None):
             dsn = f"chdb://{quote(os.path.abspath(folder))}"
             try:
                 os.makedirs(folder, exist_ok=True)
-                with silenced_stderr():
-                    client = cleanup.enter_context(contextlib.closing(producer.connect(dsn)))
+                client = cleanup.enter_context(contextlib.closing(producer.connect(dsn)))
                 with contextlib.suppress(TableMismatchError):  # the producer reports it
                     producer.create_table(client, producer.split_dsn(dsn)[1])
             except ImportError:
@@ -1233,7 +1395,7 @@ def main(argv=None):
         host = "localhost" if host in (*LOOPBACK, "", "0.0.0.0", "::") else host
         log.info("connecting to %s", producer.describe_dsn(dsn))
         log.info("open http://%s:%s/", f"[{host}]" if ":" in host else host, options.port)
-        error = asyncio.run(serve(options, dsn, sockets, signalled))
+        error = asyncio.run(serve(options, dsn, sockets))
     return fail(explain(error)) if error else 0
 
 
