@@ -121,7 +121,7 @@ WITH_PATCHES = {"optimize_move_to_prewhere": 0}
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # https://arrow.apache.org/docs/format/Columnar.html
 DROPPED_CODES = {60, 81, 218}  # ClickHouse's errors for a dropped table or database
 RELOAD_INTERVAL = 1  # seconds between two readings of the window
-MAX_SHORT_WINDOWS = 3  # in sequence, until it is clear that this user does not get all rows
+MAX_SHORT_WINDOWS = 2  # in sequence, until it is clear that this user does not get all rows
 IDLE_INTERVAL = 5  # seconds between polls while there are no viewers
 
 
@@ -209,10 +209,10 @@ class Tail:
         self.next_reload = time.monotonic() + RELOAD_INTERVAL
         self.columns = self.check_table()
         recreate = self.columns != self.hosted_columns or self.strings.too_many
-        # At the start, an index finds the rows quickly. The newest `limit` rows are in as many
-        # blocks, unless some of these are empty; if so, the window is read again.
-        start = self.hosted_columns is None and not self.short_windows
-        after, settings = (now.head - self.limit, {}) if start else (-1, WITHOUT_INDEX)
+        # At the start the index finds the newest blocks quickly; later it may not be complete.
+        start = self.hosted_columns is None
+        settings = {} if start else WITHOUT_INDEX
+        after = self.find_window(now, settings, blocks=10 if start else now.head + 1)
         rows = self.read_rows(now, after, settings)
         self.version = self.version[0] + 1, now.head
         if recreate:
@@ -232,9 +232,27 @@ class Tail:
         self.move_cursor(now, count, newest)
         self.check_window(count, min(now.rows, self.limit))
 
+    def find_window(self, now, settings, blocks):
+        """Return the number of a block after which the window begins.
+
+        Looks for its rows in the newest `blocks`, then in a hundred times as many, and so on.
+        """
+        while True:
+            after = now.head - blocks
+            [(oldest, count)] = self.query(
+                "SELECT toInt64(min(b)), count() FROM (SELECT _block_number AS b"
+                f" FROM {self.source} WHERE b > {after} AND b <= {now.head}"
+                f" ORDER BY b DESC LIMIT {self.limit})",
+                settings | (WITH_PATCHES if now.patch else {}),
+            )
+            if count == self.limit or after < 0:
+                return oldest - 1
+            blocks *= 100
+
     def check_window(self, count, expected):
-        """Have the window read again if it lacks rows: some were deleted just now, or an index that
-        is not complete was used. If rows are still missing, this user does not get them.
+        """Have the window read again if it lacks rows, which were perhaps deleted just now.
+
+        If it still does, this user does not get all rows.
         """
         self.short_windows = self.short_windows + 1 if count < expected else 0
         if 0 < self.short_windows < MAX_SHORT_WINDOWS:
@@ -979,6 +997,8 @@ ROLLUPS = [
 ROLLUP_COLUMNS = {name: kind for name, kind in COLUMNS.items() if name != "date"}
 ROLLUP_SHARE = 0.1  # of a rollup's time in which it may run
 ROLLUP_TIMEOUT = 120  # seconds
+# One thread: the history of a large table takes seconds, and leaves the other cores alone.
+ROLLUP_SETTINGS = {"max_execution_time": ROLLUP_TIMEOUT, "max_threads": 1}
 
 
 def finite(value):
@@ -1021,7 +1041,7 @@ class RollupThread:
 
     def refresh(self, table):
         if self.client is None:
-            settings = SETTINGS | WITH_PATCHES | {"max_execution_time": ROLLUP_TIMEOUT}
+            settings = SETTINGS | WITH_PATCHES | ROLLUP_SETTINGS
             self.client = producer.connect(
                 self.tail.dsn, send_receive_timeout=ROLLUP_TIMEOUT, settings=settings
             )
