@@ -100,14 +100,23 @@ SELECT
 FROM (SELECT *, name LIKE 'patch-%' AS is_patch FROM system.parts
       WHERE active AND database = {database} AND table = {table}) AS parts
 """
-# What the queries depend on, whatever the user's profile says; what the user may not change is
-# dropped. Polling stays out of ClickHouse's query log.
-SETTINGS = {
+# Parts of several blocks whose rows all have the number of the first: see the names of parts in
+# https://clickhouse.com/docs/sql-reference/statements/alter/partition
+LOST_ORDER_SQL = """
+SELECT splitByChar('_', _part) AS name FROM {source}
+WHERE _block_number > {after} AND _block_number <= {head} GROUP BY _part
+HAVING max(_block_number) = toUInt64(name[2]) AND name[2] != name[3] LIMIT 1
+"""
+# What the queries depend on, whatever the user's profile says; a limit of it must not cut an answer
+# silently. What the user may not change is dropped. Polling stays out of ClickHouse's query log.
+OVERFLOWS = ("distinct", "group_by", "read", "result", "sort", "timeout")
+SETTINGS = dict.fromkeys((f"{name}_overflow_mode" for name in OVERFLOWS), "throw") | {
     "max_execution_time": QUERY_TIMEOUT,
     "max_query_size": 10_000_000,  # bytes; a table of 1,500 columns takes 400,000
     "max_result_rows": 0,
-    "max_result_bytes": 0,
-    "result_overflow_mode": "throw",
+    "limit": 0,
+    "offset": 0,
+    "use_query_cache": 0,
     "prefer_column_name_to_alias": 0,
     "log_queries": 0,
     "output_format_arrow_string_as_string": 1,
@@ -214,6 +223,14 @@ class Tail:
         settings = {} if start else WITHOUT_INDEX
         after = self.find_window(now, settings, blocks=10 if start else now.head + 1)
         rows = self.read_rows(now, after, settings)
+        if start and self.query(
+            LOST_ORDER_SQL.format(source=self.source, after=after, head=now.head)
+        ):
+            log.warning(
+                "%s.%s has parts that were merged before it kept block numbers: the order of their"
+                " rows is lost, and the window may not hold the newest of them",
+                *(self.database, self.table),
+            )
         self.version = self.version[0] + 1, now.head
         if recreate:
             self.hosted_columns = None
@@ -300,7 +317,7 @@ class Tail:
             f"SELECT {values}, toInt32({number} % {self.limit}) AS slot,"
             f" toFloat64({number}) AS arrival"
             f" FROM (SELECT {names} FROM ({self.newest_rows(names, now, after)})"
-            " ORDER BY _block_number, _block_offset)"
+            " ORDER BY _block_number, _block_offset) AS t"
         )
         settings = (settings or {}) | (WITH_PATCHES if now.patch else {})
         arrow = self.client.raw_query(sql, fmt="ArrowStream", settings=settings)
@@ -494,8 +511,8 @@ def shown_name(name):
 
 
 def select_safely(name, kind):
-    """Return SQL that selects a column of a ClickHouse type as a value that Perspective takes."""
-    column = quote_identifier(name)
+    """Return SQL that selects a column of `t` as a value that Perspective takes."""
+    column = f"t.{quote_identifier(name)}"
     plain = plain_type(kind)
     if re.match(r"Date(32)?\b", plain):
         value = f"toDate32({column})"  # ClickHouse before 26.2 writes a Date as a number
