@@ -223,14 +223,8 @@ class Tail:
         settings = {} if start else WITHOUT_INDEX
         after = self.find_window(now, settings, blocks=10 if start else now.head + 1)
         rows = self.read_rows(now, after, settings)
-        if start and self.query(
-            LOST_ORDER_SQL.format(source=self.source, after=after, head=now.head)
-        ):
-            log.warning(
-                "%s.%s has parts that were merged before it kept block numbers: the order of their"
-                " rows is lost, and the window may not hold the newest of them",
-                *(self.database, self.table),
-            )
+        if start:
+            self.warn_of_lost_order(now, after)
         self.version = self.version[0] + 1, now.head
         if recreate:
             self.hosted_columns = None
@@ -265,6 +259,15 @@ class Tail:
             if count == self.limit or after < 0:
                 return oldest - 1
             blocks *= 100
+
+    def warn_of_lost_order(self, now, after):
+        """Log that parts of the window were merged before the table kept block numbers."""
+        if self.query(LOST_ORDER_SQL.format(source=self.source, after=after, head=now.head)):
+            log.warning(
+                "%s.%s has parts that were merged before it kept block numbers: the order of their"
+                " rows is lost, and the window may not hold the newest of them",
+                *(self.database, self.table),
+            )
 
     def check_window(self, count, expected):
         """Have the window read again if it lacks rows, which were perhaps deleted just now.
