@@ -21,12 +21,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 import clickhouse_connect
 import numpy as np
 from clickhouse_connect.driver.binding import format_str
-from clickhouse_connect.driver.exceptions import (
-    DatabaseError,
-    DataError,
-    OperationalError,
-    ProgrammingError,
-)
+from clickhouse_connect.driver.exceptions import DatabaseError, DataError, ProgrammingError
 
 # ---------------------------------------------------------------------------------------------
 # The table. The schema is written here, once, as SQL.
@@ -166,7 +161,7 @@ def check_table(client, database, table=TABLE, columns=COLUMNS, writing=False):
     ).result_rows
     if not rows:  # it was dropped between the two queries
         return {}
-    types = {name: kind for name, kind, default in rows if default != "EPHEMERAL"}
+    types = {name: kind for name, kind, default in rows if default not in ("ALIAS", "EPHEMERAL")}
 
     def lacks(setting):
         return not re.search(rf"\b{setting} = '?(true|[1-9])", definition)
@@ -317,12 +312,6 @@ FATAL_CODES = {16, 44, 53, 115, 164, 192, 193, 194, 497, 516}
 FATAL_ERRORS = (TableMismatchError, DataError, ProgrammingError, ImportError, TypeError)
 MAX_PAUSE = 5  # seconds between two attempts
 PROGRESS_INTERVAL = 5  # seconds between two lines of progress
-
-
-def is_away(error):
-    if not isinstance(error, OSError | DatabaseError | OperationalError):
-        return False
-    return getattr(error, "code", None) in {159, 202, 203, 209, 210, 241, 242, 252, 319, 999, None}
 
 
 def is_fatal(error):
