@@ -7,7 +7,6 @@ these from here. `python producer.py --help` lists the options.
 """
 
 import argparse
-import ipaddress
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import uuid
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
@@ -42,16 +42,16 @@ COLUMNS = {
 }
 # The server's cursor is the block number, which these two settings keep through merges.
 BLOCK_SETTINGS = {"enable_block_number_column": 1, "enable_block_offset_column": 1}
-# A token that is among the last 100,000 inserts adds no row: a batch can safely be sent twice.
-DEDUPLICATION = {"non_replicated_deduplication_window": 100_000}
+# ClickHouse ignores an insert whose token is among the last 100,000, so a retry adds no rows.
+DEDUPLICATION_SETTINGS = {"non_replicated_deduplication_window": 100_000}
 # With these, ClickHouse finds the newest blocks in a table of any size. Older versions lack them.
 INDEX_SETTINGS = {
     "add_minmax_index_for_block_number_column": 1,
     "add_minmax_index_for_block_offset_column": 1,
     "part_minmax_index_columns": "'with_block_number_offset'",
 }
-UNKNOWN_SETTING = 115  # ClickHouse's error codes: SELECT * FROM system.errors
-CONNECT_TIMEOUT, QUERY_TIMEOUT = 5, 30  # seconds
+UNKNOWN_SETTING = 115  # ClickHouse's error code
+QUERY_TIMEOUT = 30  # seconds
 
 
 class TableMismatchError(Exception):
@@ -59,14 +59,14 @@ class TableMismatchError(Exception):
 
 
 class BlockNumbersMissingError(TableMismatchError):
-    """The table keeps no block numbers. An ALTER, which the message gives, changes that."""
+    """The table lacks settings that keep block numbers. The message gives the ALTER to run."""
 
 
 def split_dsn(dsn):
-    """Split a DSN into (DSN without database, database, the driver's other arguments).
+    """Split a DSN into (DSN without database, database, other arguments for the driver).
 
     Clients connect without a database, because one that does not exist yet refuses them. Raises
-    ValueError if the DSN does not parse; its text may hold the password, so do not show it.
+    ValueError if the DSN does not parse. Do not show its message, which may hold the password.
     """
     parts = urlsplit(dsn)
     if parts.scheme == "chdb":
@@ -88,51 +88,36 @@ def split_dsn(dsn):
 def connect(dsn, **options):
     """Open a clickhouse-connect client, which serves one call at a time.
 
-    The DSN's own options win over those given here.
+    The DSN's own options override those given here.
     """
     server, _, arguments = split_dsn(dsn)
     if server.startswith("chdb:"):
         return clickhouse_connect.get_client(**arguments, settings=options.get("settings"))
-    bypass_proxy_on_loopback(urlsplit(server).hostname)
+    # The HTTP proxy in the environment cannot reach a server on this machine.
+    host = urlsplit(server).hostname
+    no_proxy = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or host).split(",")
+    if re.fullmatch(r"localhost|127\.[\d.]+|::1", host) and not {host, "*"} & set(no_proxy):
+        os.environ["no_proxy"] = ",".join([*no_proxy, host])
     defaults = {
         "autogenerate_session_id": False,  # concurrent queries on one session are refused
-        "connect_timeout": CONNECT_TIMEOUT,
+        "connect_timeout": 5,
         "send_receive_timeout": QUERY_TIMEOUT,
         "query_retries": 0,
         "compress": False,
     }
     try:
         return clickhouse_connect.get_client(dsn=server, **arguments, **defaults | options)
-    except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument ('\w+')", str(error))
-        if not unknown:
-            raise
-        raise ProgrammingError(f"unknown DSN option {unknown[1]}: remove it") from None
-
-
-def bypass_proxy_on_loopback(host):
-    """Keep the driver from asking the proxy in `http_proxy` for a server on this machine."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    listed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    if loopback and host not in listed.split(","):
-        os.environ["no_proxy"] = ",".join(filter(None, [listed, host]))
+    except TypeError as error:  # an option that the driver does not know
+        raise ProgrammingError(f"cannot use an option of the DSN: {error}") from None
 
 
 def describe_dsn(dsn):
-    """Host, port and database of a DSN, for messages: no user, no password."""
-    server, database, arguments = split_dsn(dsn)
-    if "path" in arguments:
-        return f"the embedded engine in {arguments['path'] or 'memory'}"
-    parts = urlsplit(server)
-    port = parts.port or (8443 if arguments["secure"] else 8123)
-    return f"{parts.hostname}:{port}, database {database}"
+    """The DSN without user, password and options, for messages."""
+    return re.sub(r"\?.*", "", re.sub(r"//[^/]*@", "//", dsn))
 
 
 def quote_identifier(name):
-    """Quote a name for SQL. The driver's function leaves a name that is in quotes as it is."""
+    """Quote a name for SQL. The driver's function does not quote a name that is in quotes."""
     return "`" + name.replace("\\", "\\\\").replace("`", "\\`") + "`"
 
 
@@ -152,19 +137,15 @@ def check_table(client, database, table=TABLE, columns=COLUMNS, writing=False):
         "SELECT engine, partition_key, engine_full FROM system.tables"
         f" WHERE {key} name = {format_str(table)}"
     ).result_rows
-    if not found:
+    types = dict(
+        client.query(
+            f"SELECT name, type FROM system.columns WHERE {key} table = {format_str(table)}"
+            " AND default_kind != 'EPHEMERAL' ORDER BY position"
+        ).result_rows
+    )
+    if not found or not types:
         return {}
-    engine, partition_key, definition = found[0]
-    rows = client.query(
-        "SELECT name, type, default_kind FROM system.columns"
-        f" WHERE {key} table = {format_str(table)} ORDER BY position"
-    ).result_rows
-    if not rows:  # it was dropped between the two queries
-        return {}
-    types = {name: kind for name, kind, default in rows if default not in ("ALIAS", "EPHEMERAL")}
-
-    def lacks(setting):
-        return not re.search(rf"\b{setting} = '?(true|[1-9])", definition)
+    [(engine, partition_key, definition)] = found
 
     problems = []
     if engine not in ("MergeTree", "ReplicatedMergeTree", "SharedMergeTree"):
@@ -174,20 +155,23 @@ def check_table(client, database, table=TABLE, columns=COLUMNS, writing=False):
     for name, kind in columns.items():
         if types.get(name) != kind:
             problems.append(f"column {name} is {types.get(name, 'missing')}, expected {kind}")
-    # Replicated tables have a deduplication window by default.
-    if writing and engine == "MergeTree" and any(map(lacks, DEDUPLICATION)):
-        problems.append(f"setting {', '.join(DEDUPLICATION)} is missing")
     if problems:
         raise TableMismatchError(
             f"cannot use table {database}.{table}: {'; '.join(problems)}. Use another database"
             + (", or delete it and its rows by `producer.py --reset`" if columns else " or --table")
         )
-    missing = list(filter(lacks, BLOCK_SETTINGS))
+    needed = dict(BLOCK_SETTINGS)
+    if writing and engine == "MergeTree":  # the others have a deduplication window by default
+        needed |= DEDUPLICATION_SETTINGS
+    missing = [
+        f"{name} = {value}"
+        for name, value in needed.items()
+        if not re.search(rf"\b{name} = '?(true|[1-9])", definition)
+    ]
     if missing:
         raise BlockNumbersMissingError(
-            f"table {database}.{table} keeps no block numbers. Run this, which rewrites no data:"
-            f" ALTER TABLE {full_name(database, table)} MODIFY SETTING"
-            f" {', '.join(f'{name} = 1' for name in missing)}"
+            f"table {database}.{table} lacks settings. Run this, which rewrites no data:"
+            f" ALTER TABLE {full_name(database, table)} MODIFY SETTING {', '.join(missing)}"
         )
     return types
 
@@ -204,18 +188,19 @@ def create_table(client, database, reset=False):
         client.command(f"DROP TABLE IF EXISTS {full_name(database)} SYNC")
     if check_table(client, database, writing=True):
         return
-    columns = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
-    settings = BLOCK_SETTINGS | DEDUPLICATION
+    settings = BLOCK_SETTINGS | DEDUPLICATION_SETTINGS
     try:
-        client.command(create_statement(database, columns, settings | INDEX_SETTINGS))
+        client.command(create_statement(database, settings | INDEX_SETTINGS))
     except DatabaseError as error:
         if error.code != UNKNOWN_SETTING:
             raise
-        client.command(create_statement(database, columns, settings))
+        client.command(create_statement(database, settings))
     check_table(client, database, writing=True)  # another producer may have been faster
 
 
-def create_statement(database, columns, settings):
+def create_statement(database, settings):
+    # NOT NULL: a user's profile can make columns Nullable by default.
+    columns = ", ".join(f"{name} {kind} NOT NULL" for name, kind in COLUMNS.items())
     pairs = ", ".join(f"{name} = {value}" for name, value in settings.items())
     return (
         f"CREATE TABLE IF NOT EXISTS {full_name(database)} ({columns})"
@@ -263,7 +248,6 @@ class Market:
         self.clients = np.array(CLIENTS, dtype=object)
         self.level = np.log(list(LEVELS.values()))
         self.price = self.level.copy()  # logarithms, unrounded: rounding must not stop the walk
-        self.close = to_cents(np.exp(self.price))
 
     def draw(self, rows, start_ms, span_ms):
         """Draw `rows` ticks spread over [start_ms, start_ms + span_ms), oldest first.
@@ -278,16 +262,14 @@ class Market:
         moves = random.normal(0, RETURN_DEVIATION, rows)
         spread = 1 + np.abs(random.normal(0, RETURN_DEVIATION, (2, rows)))
         opens, closes = np.empty(rows), np.empty(rows)
-        for i in range(len(self.tickers)):
+        for i in np.unique(ticker):
             ticks = np.flatnonzero(ticker == i)
-            if not len(ticks):
-                continue
-            path = self.price[i] + np.cumsum(moves[ticks])
-            closes[ticks] = to_cents(np.exp(path))
-            opens[ticks] = np.append(self.close[i], closes[ticks[:-1]])
-            pull = min(1, MEAN_REVERSION * len(ticks))
-            self.price[i] = path[-1] + (self.level[i] - path[-1]) * pull
-            self.close[i] = closes[ticks[-1]]
+            drift = (self.level[i] - self.price[i]) * min(MEAN_REVERSION, 1 / len(ticks))
+            path = self.price[i] + np.append(0, np.cumsum(moves[ticks] + drift))
+            prices = to_cents(np.exp(path))
+            opens[ticks] = prices[:-1]
+            closes[ticks] = prices[1:]
+            self.price[i] = path[-1]
         highs = to_cents(np.maximum(opens, closes) * spread[0])
         lows = to_cents(np.minimum(opens, closes) / spread[1])
         return [
@@ -301,34 +283,45 @@ class Market:
 
 
 # ---------------------------------------------------------------------------------------------
-# The producer. A batch is kept until ClickHouse has confirmed it, and is sent again with the same
-# deduplication token until then, so a batch whose confirmation was lost is not stored twice. While
-# ClickHouse is away no new ticks are drawn.
+# The producer. It keeps a batch until ClickHouse has confirmed it, and sends it again with the
+# same deduplication token until then, so a batch whose confirmation was lost is not stored twice.
+# While ClickHouse is away it draws no new ticks.
 
-# ClickHouse's error codes that a retry cannot fix: columns that do not fit, an unknown setting,
-# missing grants, a wrong user or password.
-FATAL_CODES = {16, 44, 53, 115, 164, 192, 193, 194, 497, 516}
+# ClickHouse's error codes that a retry cannot fix: columns that do not fit, a setting that is
+# unknown or may not be changed, a wrong user or password, missing grants.
+FATAL_CODES = {16, 44, 53, 115, 164, 192, 193, 194, 392, 452, 497, 516}
 # Raised before anything is sent: chdb is not installed, an option makes no sense.
-FATAL_ERRORS = (TableMismatchError, DataError, ProgrammingError, ImportError, TypeError)
+FATAL_ERRORS = (TableMismatchError, DataError, ProgrammingError, ImportError)
+# ClickHouse can answer nobody: it is overloaded (159, 202, 241, 745), starting or stopping (236,
+# 733), or cut off from Keeper or other servers (203, 209, 210, 242, 279, 319, 999). A limit (62,
+# 158, 396), a full disk (243) or a table with too many parts (252) is no such error: it refuses
+# one request.
+AWAY_CODES = {159, 202, 203, 209, 210, 236, 241, 242, 279, 319, 733, 745, 999}
+# Without these, the user's profile could turn deduplication off. Older versions lack the last one.
+INSERT_SETTINGS = {"async_insert": 0, "insert_deduplicate": 1, "deduplicate_insert": "enable"}
 MAX_PAUSE = 5  # seconds between two attempts
 PROGRESS_INTERVAL = 5  # seconds between two lines of progress
 
 
 def is_fatal(error):
     """Return whether a retry cannot fix the error."""
-    if "CERTIFICATE_VERIFY_FAILED" in str(error) or isinstance(error, FATAL_ERRORS):
+    if isinstance(error, FATAL_ERRORS) or not isinstance(error, OSError | DatabaseError):
         return True
-    return getattr(error, "code", None) in FATAL_CODES
+    return getattr(error, "code", None) in FATAL_CODES or "CERTIFICATE_VERIFY" in str(error)
+
+
+def is_away(error):
+    """Return whether ClickHouse cannot be reached or is not able to answer now."""
+    code = getattr(error, "code", None)  # None: the connection failed
+    return not is_fatal(error) and (code is None or code in AWAY_CODES)
 
 
 def explain(error):
-    """Return one line that says what went wrong, without the driver's trailers."""
-    # urllib3 keeps the cause of a failed connection in `reason`, at the end of a long sentence.
-    reason = str(getattr(error.__cause__, "reason", None) or "").partition(" (_ssl.c")[0]
-    cause = re.search("(certificate verify failed.*|[^:]*)$", reason)[0].strip()
-    text = cause or str(error).strip() or type(error).__name__
-    text = text.partition("server response: ")[2] or text
-    return re.split(r" \(version | executing HTTP request|\n", text)[0][:500]
+    """Return one line that says what went wrong, without what the driver adds at the end."""
+    cause = getattr(error.__cause__, "reason", None)  # why urllib3 could not connect
+    message = str(cause or error) or type(error).__name__
+    message = message.partition("server response: ")[2] or message
+    return re.split(r" \(version | \(_ssl.c| executing HTTP request|\n", message)[0][:500]
 
 
 class Producer:
@@ -339,36 +332,48 @@ class Producer:
     """
 
     def __init__(self, dsn, interval, rows, batches=None, seed=None, reset=False, log=print):
-        self.dsn, self.database = dsn, split_dsn(dsn)[1]
-        self.interval, self.batch_rows, self.batches = interval, rows, batches
-        self.market, self.reset, self.log = Market(seed), reset, log
+        self.dsn = dsn
+        self.database = split_dsn(dsn)[1]
+        self.interval = interval
+        self.batch_rows = rows
+        self.batches = batches
+        self.reset = reset
+        self.log = log
+        self.market = Market(seed)
         self.stop = threading.Event()
-        self.client = self.error = None
+        self.client = None
         self.rows = 0
-        self.unconfirmed = False  # a batch was sent, and its answer did not come yet
+        self.unconfirmed = False  # a batch was sent, and ClickHouse has not confirmed it
+        self.error = None
 
     def run(self):
         """Produce until stopped. Blocks; call it in a thread of its own."""
         try:
             if self.retry(self.open):
                 self.produce()
-        except Exception as error:
+        except (OSError, DatabaseError, *FATAL_ERRORS) as error:
+            self.error = error
+        except Exception as error:  # a fault in the code: show where
+            traceback.print_exc()
             self.error = error
         finally:
             if self.client:
                 self.client.close()
 
     def produce(self):
-        name, number = uuid.uuid4().hex, 0
+        run_id = uuid.uuid4().hex
+        sent = 0
         due = time.monotonic()
-        while number != self.batches and not self.stop.wait(due - time.monotonic()):
-            late, span_ms = time.monotonic() - due, self.interval * 1000
+        while sent != self.batches and not self.stop.wait(due - time.monotonic()):
+            late = time.monotonic() - due
+            span_ms = self.interval * 1000
             start_ms = round((time.time() - late) * 1000 - span_ms)
             batch = self.market.draw(self.batch_rows, start_ms, span_ms)
-            attempts = self.retry(self.insert, batch, f"{name}-{number}")
+            attempts = self.retry(self.insert, batch, f"{run_id}-{sent}")
             if not attempts:
                 return
-            self.rows, number = self.rows + self.batch_rows, number + 1
+            self.rows += self.batch_rows
+            sent += 1
             # Catch up after a slow insert; after an outage continue from now.
             due = time.monotonic() if attempts > 1 else due + self.interval
 
@@ -380,6 +385,8 @@ class Producer:
     def insert(self, batch, token):
         if self.client is None:
             self.open()
+        known = self.client.server_settings
+        settings = {name: value for name, value in INSERT_SETTINGS.items() if name in known}
         self.unconfirmed = True
         self.client.insert(
             TABLE,
@@ -388,7 +395,7 @@ class Producer:
             column_names=list(COLUMNS),
             column_type_names=list(COLUMNS.values()),
             column_oriented=True,
-            settings={"insert_deduplication_token": token, "async_insert": 0},
+            settings=settings | {"insert_deduplication_token": token},
         )
         self.unconfirmed = False
 
@@ -397,27 +404,28 @@ class Producer:
 
         Raises the error if it is permanent.
         """
-        attempts, pause = 1, 0.1
+        attempts = 1
+        problem = None
         while True:
             try:
                 step(*arguments)
+                break
             except Exception as error:
                 if is_fatal(error):
-                    if attempts == 1:
-                        self.unconfirmed = False  # refused, so nothing is stored
                     raise
-                if self.client:
-                    self.client.close()
-                    self.client = None
-                if attempts == 1:
-                    self.log(f"ClickHouse is away, trying again: {explain(error)}")
-                if self.stop.wait(pause):
-                    return 0
-                attempts, pause = attempts + 1, min(2 * pause, MAX_PAUSE)
-            else:
-                if attempts > 1:
-                    self.log("ClickHouse is back")
-                return attempts
+                before = problem
+                problem = "ClickHouse is away" if is_away(error) else "ClickHouse refuses the batch"
+                if problem != before:
+                    self.log(f"{problem}, trying again: {explain(error)}")
+            if self.client:
+                self.client.close()
+                self.client = None
+            if self.stop.wait(min(0.2 * attempts, MAX_PAUSE)):
+                return 0
+            attempts += 1
+        if problem:
+            self.log("ClickHouse is back")
+        return attempts
 
 
 # ---------------------------------------------------------------------------------------------
@@ -425,7 +433,10 @@ class Producer:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a usage error in one line."""
+    """An ArgumentParser that keeps the lines of its epilog and reports an error in one line."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         message = re.sub(r"//\S*@", "//user:password@", message)  # a DSN without --dsn before it
@@ -435,10 +446,10 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high):
     """Return an argparse type: an int or a float with low <= number <= high."""
 
-    def parse(text):
-        value = kind(text)
+    def parse(string):
+        value = kind(string)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high:,}")
+            raise argparse.ArgumentTypeError(f"{string} is not between {low} and {high:,}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it when `kind` raises ValueError
@@ -449,15 +460,15 @@ positive_int = number(int, 1, 2**31 - 1)
 seconds = number(float, 0.001, 86400)
 
 
-def dsn(text):
+def dsn(string):
     """Check a DSN. The error does not repeat it, since it may hold a password."""
     try:
-        split_dsn(text)
+        split_dsn(string)
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"invalid DSN, expected {DSN_FORM} with special characters as %XX"
         ) from None
-    return text
+    return string
 
 
 def add_dsn_option(parser):
@@ -466,32 +477,47 @@ def add_dsn_option(parser):
         "--dsn",
         type=dsn,
         default=os.environ.get("CLICKHOUSE_DSN") or DEFAULT_DSN,
-        help="ClickHouse to use (default: $CLICKHOUSE_DSN, else the container of docker.sh)",
+        help=f"{DSN_FORM}, special characters as %%XX"
+        " (default: the variable CLICKHOUSE_DSN, else the container of docker.sh)",
     )
+
+
+def stop_signals():
+    """The signals that end both scripts. Started with nohup, they outlive their terminal."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM] + ([] if ignored else [signal.SIGHUP])
+
+
+EPILOG = """\
+example: python producer.py --dsn clickhouse://user:password@host:8123/mydb --rows 5000
+
+Ctrl-C, SIGTERM and SIGHUP end the producer after the batch in hand, with status 0. An error that a
+retry cannot fix ends it with status 1, an option that makes no sense with status 2."""
 
 
 def main(argv=None):
     """Run the producer; returns the exit status."""
-    parser = Parser(prog="producer.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="producer.py", description=__doc__.splitlines()[0], epilog=EPILOG)
+    add = parser.add_argument
     add_dsn_option(parser)
-    parser.add_argument("--interval", type=seconds, default=0.25, help="seconds between batches")
-    parser.add_argument("--rows", type=positive_int, default=250, help="ticks in a batch")
-    parser.add_argument("--batches", type=positive_int, help="stop after this many")
-    parser.add_argument("--seed", type=number(int, 0, 2**63), help="for reproducible ticks")
-    parser.add_argument("--reset", action="store_true", help="drop the table and its rows first")
+    add("--interval", type=seconds, default=0.25, help="seconds between batches (default: 0.25)")
+    add("--rows", type=positive_int, default=250, help="ticks in a batch (default: 250)")
+    add("--batches", type=positive_int, help="stop after this many batches (default: never)")
+    add("--seed", type=number(int, 0, 2**63), help="the same seed draws the same ticks")
+    add("--reset", action="store_true", help="first drop the table with all its rows")
     options = vars(parser.parse_args(argv))
 
     logging.getLogger("clickhouse_connect").setLevel(logging.CRITICAL)  # reported here, once
 
-    def log(text):
+    def log(line):
         try:
-            print(text, flush=True)
-        except OSError:  # the reader of a pipe is gone, as in `producer.py | head`
+            print(line, flush=True)
+        except OSError:  # nobody reads: `producer.py | head`, or a terminal that was closed
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             producer.stop.set()
 
     producer = Producer(**options, log=log)
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in stop_signals():
         signal.signal(signum, lambda *_: producer.stop.set())
     log(f"inserting into {describe_dsn(options['dsn'])}")
     worker = threading.Thread(target=producer.run, daemon=True)
