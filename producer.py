@@ -95,9 +95,10 @@ def connect(dsn, **options):
         return clickhouse_connect.get_client(**arguments, settings=options.get("settings"))
     # The HTTP proxy in the environment cannot reach a server on this machine.
     host = urlsplit(server).hostname
-    no_proxy = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or host).split(",")
-    if re.fullmatch(r"localhost|127\.[\d.]+|::1", host) and not {host, "*"} & set(no_proxy):
-        os.environ["no_proxy"] = ",".join([*no_proxy, host])
+    no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    excepted = {host, "*"} & set(no_proxy.split(","))
+    if re.fullmatch(r"localhost|127\.[\d.]+|::1", host) and not excepted:
+        os.environ["no_proxy"] = f"{no_proxy},{host}"
     defaults = {
         "autogenerate_session_id": False,  # concurrent queries on one session are refused
         "connect_timeout": 5,
@@ -292,11 +293,10 @@ class Market:
 FATAL_CODES = {16, 44, 53, 115, 164, 192, 193, 194, 392, 452, 497, 516}
 # Raised before anything is sent: chdb is not installed, an option makes no sense.
 FATAL_ERRORS = (TableMismatchError, DataError, ProgrammingError, ImportError)
-# ClickHouse can answer nobody: it is overloaded (159, 202, 241, 745), starting or stopping (236,
-# 733), or cut off from Keeper or other servers (203, 209, 210, 242, 279, 319, 999). A limit (62,
-# 158, 396), a full disk (243) or a table with too many parts (252) is no such error: it refuses
-# one request.
-AWAY_CODES = {159, 202, 203, 209, 210, 236, 241, 242, 279, 319, 733, 745, 999}
+# ClickHouse can answer nobody: it is overloaded (159, 202, 241, 745), or cut off from Keeper or
+# from other servers (203, 209, 210, 242, 279, 319, 999). A limit (62, 158, 396), a full disk (243),
+# too many parts (252) or a table that was dropped (60, 81, 236) only make it refuse a request.
+AWAY_CODES = {159, 202, 203, 209, 210, 241, 242, 279, 319, 745, 999}
 # Without these, the user's profile could turn deduplication off. Older versions lack the last one.
 INSERT_SETTINGS = {"async_insert": 0, "insert_deduplicate": 1, "deduplicate_insert": "enable"}
 MAX_PAUSE = 5  # seconds between two attempts

@@ -3,6 +3,7 @@
 import collections
 import functools
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,7 +25,6 @@ BLOCKS = "enable_block_number_column = 1, enable_block_offset_column = 1"
 WINDOW = "non_replicated_deduplication_window = 100000"
 INDEX = "add_minmax_index_for_block_number_column = 1, add_minmax_index_for_block_offset_column = 1"
 FITS = f"ENGINE = MergeTree ORDER BY timestamp SETTINGS {BLOCKS}, {WINDOW}"
-
 
 until = functools.partial(wait_until, seconds=30)
 
@@ -50,6 +50,14 @@ def produce(start):
     for script in started:
         script.kill()
         assert not re.search(f"{ClickHouseProcess.password}|s3cret|Traceback", script.output)
+
+
+@pytest.fixture
+def hangup():
+    """SIGHUP has its default effect, although the tests may have been started with nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def until_printed(script, text, times=1):
@@ -121,38 +129,37 @@ def test_ticks_look_like_a_market():
     assert seen == {*producer.LEVELS, *producer.CLIENTS}
 
 
-def test_prices_move_but_stay_at_the_levels_of_their_tickers_and_a_seed_repeats_them():
+@pytest.mark.parametrize(("rows", "batches"), [(500_000, 4), (4_000_000, 2)])
+def test_prices_move_but_stay_at_the_levels_of_their_tickers(rows, batches):
     market = producer.Market(2)
-    for _ in range(3):
-        _, tickers, *_, closes, _, _ = market.draw(500_000, 0, 1000)
+    for _ in range(batches):
+        _, tickers, *_, closes, _, _ = market.draw(rows, 0, 1000)
     for ticker, level in producer.LEVELS.items():
         mine = closes[tickers == ticker]
         assert level / 1.5 < mine.min() * 1.01 < mine.max() < level * 1.5
-    assert drawn(7, 100, 5) == drawn(7, 100, 5) != drawn(8, 100, 5)
-    assert drawn(None, 100, 5) != drawn(None, 100, 5)
 
 
 def test_the_table_is_created_as_designed_and_holds_the_ticks(produce, database):
-    """In any time zone, and past the HTTP proxy that a company sets for everybody."""
+    """In any time zone. A seed draws the same ticks again, which are stored again."""
     began = time.time() * 1000
-    env = {"TZ": "America/New_York", "http_proxy": "http://127.0.0.1:1", "no_proxy": ""}
     options = ["--seed", 5, "--rows", 300, "--interval", 0.2]
-    script = produce(database.dsn, *options, "--batches", 4, env=env)
+    script = produce(database.dsn, *options, "--batches", 4, env={"TZ": "America/New_York"})
     assert (script.wait(), written(script)) == (0, 1200)
     made = database.command("SHOW CREATE TABLE stock_values FORMAT TSVRaw").replace("`", "")
     made = " ".join(made.split())
     assert f"( {ALL_COLUMNS} ) ENGINE = MergeTree ORDER BY (timestamp, ticker) SETTINGS" in made
     for part in (BLOCKS, WINDOW, INDEX, "part_minmax_index_columns = 'with_block_number_offset'"):
         assert part in made
-    assert stored(database) == drawn(5, 300, 4)
+    assert stored(database) == drawn(5, 300, 4) != drawn(6, 300, 4)
     batches = batches_of(database, 300)
     assert began - 200 <= batches[0][0] <= batches[-1][1] <= time.time() * 1000
     assert database.command("SELECT sum(date != toDate(timestamp, 'UTC')) FROM stock_values") == 0
-    # The same ticks again are new ticks, not a batch that is sent again. --reset starts over.
-    assert produce(database.dsn, *options, "--batches", 2).wait() == 0
-    assert stored(database) == drawn(5, 300, 4) + drawn(5, 300, 2)
-    assert produce(database.dsn, *options, "--batches", 1, "--reset").wait() == 0
-    assert stored(database) == drawn(5, 300, 1)
+    for more, expected in (
+        (["--batches", 2], drawn(5, 300, 4) + drawn(5, 300, 2)),
+        (["--batches", 1, "--reset"], drawn(5, 300, 1)),
+    ):
+        assert produce(database.dsn, *options, *more).wait() == 0
+        assert stored(database) == expected
 
 
 def test_an_older_clickhouse_gets_a_table_without_index(produce, database, proxy):
@@ -169,7 +176,6 @@ def test_an_older_clickhouse_gets_a_table_without_index(produce, database, proxy
         (ALL_COLUMNS.replace(", date Date", ""), FITS, "column date is missing"),
         (ALL_COLUMNS.replace("UInt32", "Int64"), FITS, "volume is Int64, expected UInt32"),
         (ALL_COLUMNS, FITS.replace("MergeTree", "ReplacingMergeTree"), "is ReplacingMergeTree"),
-        (ALL_COLUMNS, FITS.replace(f", {WINDOW}", ""), "deduplication_window is missing"),
     ],
 )
 def test_a_table_that_does_not_fit_is_left_alone(produce, database, columns, rest, said):
@@ -179,9 +185,13 @@ def test_a_table_that_does_not_fit_is_left_alone(produce, database, columns, res
     assert database.count() == 0
 
 
-def test_a_table_with_more_columns_fits_after_the_alter_that_the_error_gives(produce, database):
+@pytest.mark.parametrize("missing", [BLOCKS, BLOCKS.split(", ")[1], WINDOW])
+def test_a_table_that_lacks_settings_fits_after_the_alter_that_the_error_gives(
+    produce, database, missing
+):
+    """It may have more columns than the producer writes."""
     columns = f"venue String, {ALL_COLUMNS}, extra UInt8"
-    create(database, columns, FITS.replace(BLOCKS, "enable_block_number_column = 0"))
+    create(database, columns, FITS.replace(missing, "index_granularity = 8192"))
     error = error_of(produce(database.dsn))
     database.client.command(error[error.index("ALTER TABLE") :])
     assert produce(database.dsn, "--rows", 10, "--batches", 1, "--seed", 1).wait() == 0
@@ -211,24 +221,59 @@ def test_a_slow_insert_does_not_shift_the_schedule(produce, database, proxy):
         assert due - 60 < first <= last < due + 101
 
 
-def test_wrong_password_missing_rights_unknown_option_and_no_chdb_end_it(produce, tmp_path):
+def test_errors_that_a_retry_cannot_fix_end_it(produce, tmp_path):
     """But the right to insert is enough where the table exists."""
+    everything = ["ALL ON *.*"]
     users = {
         "writer": {"password": "w", "grants": ["SELECT, INSERT ON test.*"]},
         "reader": {"password": "r", "grants": ["SELECT ON test.*"]},
-        "readonly": {"password": "l", "grants": ["ALL ON *.*"], "settings": {"readonly": 1}},
+        "readonly": {"password": "l", "grants": everything, "settings": {"readonly": 1}},
+        "no_ddl": {"password": "d", "grants": everything, "settings": {"allow_ddl": 0}},
     }
+    (tmp_path / "chdb.py").write_text("raise ModuleNotFoundError(name='chdb')")
     with ClickHouseProcess(tmp_path / "data", users=users) as process:
         for user in ("admin", "writer"):
             assert produce(process.dsn_of("test", user), "--batches", 1).wait() == 0
-        assert "Authentication" in error_of(produce(process.dsn_of("test", "admin", "s3cret")))
-        assert "privileges" in error_of(produce(process.dsn_of("test", "reader")))
-        assert "readonly" in error_of(produce(process.dsn_of("test", "readonly")))
-        assert "'foo'" in error_of(produce(f"{process.dsn}?foo=1"))
-        assert "very" in error_of(produce(f"{process.dsn}?compress=very"))
-    (tmp_path / "chdb.py").write_text("raise ModuleNotFoundError(name='chdb')")
-    error = error_of(produce("chdb://memory", env={"PYTHONPATH": str(tmp_path)}))
-    assert "pip install clickhouse-connect[chdb]" in error
+        for dsn, said in (
+            (process.dsn_of("test", "admin", "s3cret"), "Authentication"),
+            (process.dsn_of("test", "reader"), "privileges"),
+            (process.dsn_of("test", "readonly"), "readonly"),
+            (process.dsn_of("other", "no_ddl"), "prohibited"),
+            (f"{process.dsn}?foo=1", "'foo'"),
+            (f"{process.dsn}?compress=very", "very"),
+            ("chdb://memory", "pip install clickhouse-connect[chdb]"),
+        ):
+            assert said in error_of(produce(dsn, env={"PYTHONPATH": str(tmp_path)}))
+
+
+def test_a_profile_changes_nothing_of_the_table_and_of_the_inserts(produce, tmp_path):
+    """Nor that a batch is stored once when its confirmation is lost. Limits are no outage."""
+    profiles = {
+        "asynchronous": {"async_insert": 1, "wait_for_async_insert": 0},
+        "nullable": {"data_type_default_nullable": 1},
+        "plain": {"deduplicate_insert": "disable"},
+        "older": {"compatibility": "24.2", "insert_deduplicate": 0},
+        "limit": {"max_result_rows": 1},
+        "busy": {"max_memory_usage": 1, "max_untracked_memory": 1},
+    }
+    users = {
+        name: {"password": "p", "grants": ["ALL ON *.*"], "settings": settings}
+        for name, settings in profiles.items()
+    }
+    with ClickHouseProcess(tmp_path, users=users) as process, Proxy(process.port) as proxy:
+        for name, said in (("limit", "refuses the batch"), ("busy", "is away")):
+            script = produce(process.dsn_of("test", name))
+            until_printed(script, f"ClickHouse {said}, trying again: Code: ")
+            assert (script.stop(), written(script), script.output.count("Code")) == (0, 0, 1)
+            del profiles[name]
+        for name in profiles:
+            database = Database(process)
+            faults = proxy.faults
+            proxy.drop_answer(when=is_insert, times=1)
+            dsn = process.dsn_of(database.name, name, port=proxy.port)
+            assert produce(dsn, "--rows", 20, "--batches", 2, "--seed", 1).wait() == 0
+            assert proxy.faults == faults + 1
+            assert stored(database) == drawn(1, 20, 2), name
 
 
 def test_every_fault_on_the_way_is_survived(produce, database, proxy):
@@ -236,19 +281,18 @@ def test_every_fault_on_the_way_is_survived(produce, database, proxy):
     fault happens three times until the producer has to try again."""
     options = ["--interval", 0.02, "--rows", 4000, "--seed", 11]
     script = produce(f"{proxy.dsn}?send_receive_timeout=1", *options)
-    faults = [
+
+    def outages():
+        return script.output.count("ClickHouse is away"), script.output.count("ClickHouse is back")
+
+    for fault, arguments, times in (
         (proxy.drop_answer, (), 3),  # stored, but the producer does not learn it
         (proxy.cut_answer, (120,), 3),
         (proxy.cut_request, (0,), 3),
         (proxy.cut_request, (40_000,), 3),  # in the middle of a body of many pieces
         (proxy.stall, (), 1),  # never arrives
         (proxy.delay, (1.5,), 1),  # stored, but the answer comes too late
-    ]
-
-    def outages():
-        return script.output.count("ClickHouse is away"), script.output.count("ClickHouse is back")
-
-    for fault, arguments, times in faults:
+    ):
         done, (_, back) = proxy.faults + times, outages()
         fault(*arguments, when=is_insert, times=times)
         assert proxy.wait(done, 30)
@@ -288,76 +332,89 @@ def test_three_producers_outlive_a_crash_of_clickhouse(produce, tmp_path):
         assert stored(database) == drawn(1, 30, 60) + drawn(2, 30, 60) + drawn(3, 30, 60)
 
 
-def test_a_batch_that_may_be_stored_is_not_called_refused(produce, database, proxy):
-    """Its confirmation was lost; when it is sent again, the table does not fit any more."""
-    script = produce(proxy.dsn, "--interval", 0.02, "--rows", 40)
-    until_rows(database)
-    proxy.drop_answer(when=is_insert)
-    until_printed(script, "ClickHouse is away")
-    database.command("ALTER TABLE stock_values RENAME COLUMN volume TO amount")
-    proxy.pass_on()
-    assert script.wait() == 1
-    assert written(script, confirmed=False) < database.count()
-
-
-def test_a_full_disk_is_waited_for(produce, database):
-    """ClickHouse wants more free space than there is, as it does on a disk that is full."""
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"min_free_disk_bytes_to_perform_insert": 10**17}, "free space"),  # as on a full disk
+        ({"parts_to_throw_insert": 1, "parts_to_delay_insert": 1}, "Too many parts"),
+    ],
+)
+def test_a_refusal_that_passes_is_called_one_and_waited_for(produce, database, settings, said):
     script = produce(database.dsn, "--interval", 0.02, "--rows", 40, "--seed", 15)
     until_rows(database)
-    space = "min_free_disk_bytes_to_perform_insert"
-    database.command(f"ALTER TABLE stock_values MODIFY SETTING {space} = {10**17}")
-    until_printed(script, "free space")
-    database.command(f"ALTER TABLE stock_values RESET SETTING {space}")
+    alter = "ALTER TABLE stock_values"
+    pairs = ", ".join(f"{name} = {value}" for name, value in settings.items())
+    database.command(f"{alter} MODIFY SETTING {pairs}")
+    until_printed(script, "ClickHouse refuses the batch, trying again: ")
+    database.command(f"{alter} RESET SETTING {', '.join(settings)}")
     until_printed(script, "ClickHouse is back")
     assert script.stop() == 0
+    assert said in script.output and "is away" not in script.output
     assert stored(database) == drawn(15, 40, written(script) // 40)
 
 
 def test_a_dropped_table_is_created_again_but_a_misfit_ends_it(produce, database, proxy):
-    """Nothing is sent again to a table that would take it twice."""
+    """A batch that may be stored is not sent again to a table that would take it twice."""
     script = produce(proxy.dsn, "--interval", 0.05, "--rows", 10)
     for number, dropped in enumerate(("TABLE stock_values", f"DATABASE {database.name}"), 1):
         until_rows(database)
         database.command(f"DROP {dropped} SYNC")
         until_printed(script, "ClickHouse is back", number)
     until_rows(database)
+    assert "ClickHouse is away" not in script.output
+    proxy.drop_answer(when=is_insert)
+    until_printed(script, "ClickHouse is away")
     proxy.refuse()
-    until_printed(script, "ClickHouse is away", 3)
     create(database, ALL_COLUMNS, "ENGINE = Log")
     proxy.pass_on()
     assert script.wait() == 1
     assert script.lines[-1].startswith("producer.py: ")
+    assert written(script, confirmed=False) > 0
     assert database.count() == 0
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("phase", ["steady", "answer late", "no answer", "away"])
-def test_a_signal_ends_it_within_3_seconds(produce, database, proxy, phase):
+@pytest.mark.parametrize(
+    ("number", "fault"),
+    [
+        (signal.SIGTERM, None),
+        (signal.SIGINT, "delay"),  # the answer to the batch in hand is late
+        (signal.SIGTERM, "stall"),  # it never comes
+        (signal.SIGHUP, "refuse"),  # ClickHouse is away
+    ],
+)
+def test_a_signal_ends_it_within_3_seconds(produce, database, proxy, hangup, number, fault):
     """It waits for the answer to the batch in hand, but no longer than it may."""
     script = produce(proxy.dsn, "--interval", 0.05, "--rows", 50, "--seed", 15)
     until_rows(database)
-    if phase == "answer late":
-        proxy.delay(1, when=is_insert)
-    elif phase == "no answer":
-        proxy.stall(when=is_insert)
-    elif phase == "away":
+    if fault == "refuse":
         proxy.refuse()
         until_printed(script, "ClickHouse is away")
-    until(lambda: phase == "steady" or proxy.faults)
-    assert script.stop(seconds=3) == 0
-    batches = written(script, confirmed=phase in ("steady", "answer late")) // 50
+    elif fault:
+        getattr(proxy, fault)(*[1] * (fault == "delay"), when=is_insert)
+        until(lambda: proxy.faults)
+    assert script.stop(number, seconds=3) == 0
+    batches = written(script, confirmed=fault in (None, "delay")) // 50
     # A batch that was not confirmed may have been stored all the same.
-    assert stored(database) in [drawn(15, 50, batches + more) for more in (0, phase == "away")]
+    assert stored(database) in [drawn(15, 50, batches + more) for more in (0, fault == "refuse")]
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("phase", ["refuse", "stall"])
-def test_a_signal_before_clickhouse_is_there_ends_it(produce, database, proxy, phase):
-    getattr(proxy, phase)()
+@pytest.mark.parametrize(("number", "fault"), [(signal.SIGINT, "refuse"), (signal.SIGHUP, "stall")])
+def test_a_signal_before_clickhouse_is_there_ends_it(produce, proxy, hangup, number, fault):
+    getattr(proxy, fault)()
     script = produce(proxy.dsn)
     until(lambda: proxy.faults)
-    assert script.stop(signal.SIGINT, seconds=3) == 0
+    assert script.stop(number, seconds=3) == 0
     assert written(script) == 0
+
+
+def test_under_nohup_it_outlives_its_terminal(produce, database, hangup):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the producer inherits this
+    script = produce(database.dsn, "--batches", 9, "--rows", 10)
+    until_rows(database)
+    assert script.stop(signal.SIGHUP) == 0
+    assert written(script) == 90
 
 
 def test_a_reader_that_leaves_ends_it_quietly():
@@ -366,6 +423,30 @@ def test_a_reader_that_leaves_ends_it_quietly():
     done = subprocess.run(pipe, cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("inserting into")
+
+
+def test_a_fault_in_the_code_is_shown_with_its_line(tmp_path):
+    """People edit this file, and the market first of all."""
+    code = (ROOT / "producer.py").read_text()
+    assert code.count("to_cents(np.exp(") == 1
+    (tmp_path / "producer.py").write_text(code.replace("to_cents(np.exp(", "to_cent(np.exp("))
+    command = [sys.executable, "producer.py", "--dsn", "chdb://memory"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "to_cent(np.exp(" in done.stderr and "NameError" in done.stderr
+
+
+def test_help_is_enough_to_use_it(produce, database):
+    """It names defaults and units, never a password, and its example works."""
+    env = {"CLICKHOUSE_DSN": "clickhouse://u:s3cret@h/test", "COLUMNS": "200"}
+    text = produce(database.dsn, "--help", env=env)
+    assert text.wait() == 0
+    for words in ("seconds between batches (default: 0.25)", "ticks in a batch (default: 250)"):
+        assert words in text.output
+    [example] = re.findall("^example: python producer.py (.*)$", text.output, re.MULTILINE)
+    _, _, *options = shlex.split(example)
+    assert produce(database.dsn, *options, "--batches", 1).wait() == 0
+    assert database.count() == 5000
 
 
 def test_an_embedded_engine_keeps_what_was_written(produce, tmp_path):
