@@ -123,9 +123,10 @@ def test_ticks_look_like_a_market():
     assert seen == {*producer.LEVELS, *producer.CLIENTS}
 
 
-def test_prices_move_but_stay_at_the_levels_of_their_tickers():
+def test_prices_move_but_come_back_to_the_levels_of_their_tickers():
     market = producer.Market(2)
-    for _ in range(3):
+    market.price += 1  # nearly three times the price
+    for _ in range(10):
         _, tickers, *_, closes, _, _ = market.draw(500_000, 0, 1000)
     for ticker, level in producer.LEVELS.items():
         mine = closes[tickers == ticker]
@@ -238,7 +239,6 @@ def test_errors_that_a_retry_cannot_fix_end_it(produce, tmp_path):
 def test_a_profile_changes_nothing_of_the_table_and_of_the_inserts(produce, tmp_path):
     """Nor that a batch is stored once when its confirmation is lost. Limits are no outage."""
     profiles = {
-        "asynchronous": {"async_insert": 1, "wait_for_async_insert": 0},
         "nullable": {"data_type_default_nullable": 1},
         "plain": {"deduplicate_insert": "disable"},
         "older": {"compatibility": "24.2", "insert_deduplicate": 0},
