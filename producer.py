@@ -50,7 +50,6 @@ INDEX_SETTINGS = {
     "add_minmax_index_for_block_offset_column": 1,
     "part_minmax_index_columns": "'with_block_number_offset'",
 }
-UNKNOWN_SETTING = 115  # ClickHouse's error code
 QUERY_TIMEOUT = 30  # seconds
 
 
@@ -193,7 +192,7 @@ def create_table(client, database, reset=False):
     try:
         client.command(create_statement(database, settings | INDEX_SETTINGS))
     except DatabaseError as error:
-        if error.code != UNKNOWN_SETTING:
+        if error.code != 115:  # unknown setting
             raise
         client.command(create_statement(database, settings))
     check_table(client, database, writing=True)  # another producer may have been faster
@@ -319,8 +318,8 @@ def is_away(error):
 def explain(error):
     """Return one line that says what went wrong, without what the driver adds at the end."""
     cause = getattr(error.__cause__, "reason", None)  # why urllib3 could not connect
-    message = str(cause or error) or type(error).__name__
-    message = message.partition("server response: ")[2] or message
+    message = str(cause.args[-1] if cause else error) or type(error).__name__
+    message = re.sub("^Received .*?server response: ", "", message)
     return re.split(r" \(version | \(_ssl.c| executing HTTP request|\n", message)[0][:500]
 
 
