@@ -396,13 +396,13 @@ class Tail:
 
 def problem_of(error):
     """Return what an error means, and whether it is a fault of this program or of Perspective."""
+    if not isinstance(error, (OSError, DatabaseError, *producer.FATAL_ERRORS)):
+        return f"{type(error).__name__}", True
     if producer.is_away(error):
         return "ClickHouse is away", False
     if producer.is_fatal(error):
         return "cannot use ClickHouse", False
-    if isinstance(error, DatabaseError):
-        return f"ClickHouse refuses the query (error {error.code})", False
-    return f"{type(error).__name__}", True
+    return f"ClickHouse refuses the query (error {error.code})", False
 
 
 STATUS_TABLE = "server status"  # no rollup has a name with a space, and --table refuses it
