@@ -1071,6 +1071,9 @@ class RollupThread:
         inserts_only = version[0] == self.version[0] and step == self.step and step is not None
         partial = inserts_only and table is self.table and not self.source
         names, rows = self.query(self.rollup.sql, step, self.version[1] if partial else None)
+        if [*names] != [*self.rollup.columns]:  # Perspective would ignore the others
+            declared = ", ".join(self.rollup.columns)
+            raise TableMismatchError(f"its SQL gives {', '.join(names)}, and not {declared}")
         rows = {row[0]: row for row in rows}
         if partial:  # the steps that came replace those that were there
             time_at = names.index("time")
