@@ -133,20 +133,18 @@ def check_table(client, database, table=TABLE, columns=COLUMNS, writing=False):
     or of another type, and its subclass BlockNumbersMissingError if an ALTER is all it needs.
     """
     key = f"database = {format_str(database)} AND"
-    found = client.query(
+    tables = client.query(
         "SELECT engine, partition_key, engine_full FROM system.tables"
         f" WHERE {key} name = {format_str(table)}"
     ).result_rows
-    types = dict(
-        client.query(
-            f"SELECT name, type FROM system.columns WHERE {key} table = {format_str(table)}"
-            " AND default_kind != 'EPHEMERAL' ORDER BY position"
-        ).result_rows
-    )
-    if not found or not types:
+    columns_found = client.query(
+        f"SELECT name, type FROM system.columns WHERE {key} table = {format_str(table)}"
+        " AND default_kind != 'EPHEMERAL' ORDER BY position"
+    ).result_rows
+    if not tables or not columns_found:
         return {}
-    [(engine, partition_key, definition)] = found
-
+    types = dict(columns_found)
+    [(engine, partition_key, definition)] = tables
     problems = []
     if engine not in ("MergeTree", "ReplicatedMergeTree", "SharedMergeTree"):
         problems.append(f"its engine is {engine}, and only MergeTree keeps all rows in order")
