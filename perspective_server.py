@@ -21,7 +21,6 @@ import math
 import os
 import re
 import resource
-import signal
 import sys
 import tempfile
 import threading
@@ -1359,7 +1358,7 @@ def listen(address, port):
 async def serve(options, dsn, sockets):
     """Serve until a signal comes, or until a permanent error, which is returned."""
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in producer.stop_signals():
         loop.add_signal_handler(signum, ended.set)
     relay = Relay(loop)
     default = producer.split_dsn(dsn)[1]
