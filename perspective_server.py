@@ -99,11 +99,11 @@ SELECT
 FROM (SELECT *, name LIKE 'patch-%' AS is_patch FROM system.parts
       WHERE active AND database = {database} AND table = {table}) AS parts
 """
-# Parts of several blocks whose rows all have the number of the first: see the names of parts in
-# https://clickhouse.com/docs/sql-reference/statements/alter/partition
-LOST_ORDER_SQL = """
-SELECT splitByChar('_', _part) AS name FROM {source}
-WHERE _block_number > {after} AND _block_number <= {head} GROUP BY _part
+BLOCKS_SQL = "_block_number > {after} AND _block_number <= {head}"
+# Parts of several blocks whose rows all have the number of the first. A part is named after its
+# partition, its first and its last block.
+LOST_ORDER_SQL = f"""
+SELECT splitByChar('_', _part) AS name FROM {{source}} WHERE {BLOCKS_SQL} GROUP BY _part
 HAVING max(_block_number) = toUInt64(name[2]) AND name[2] != name[3] LIMIT 1
 """
 # What the queries depend on, whatever the user's profile says; a limit of it must not cut an answer
@@ -122,10 +122,9 @@ SETTINGS = dict.fromkeys((f"{name}_overflow_mode" for name in OVERFLOWS), "throw
     "output_format_arrow_low_cardinality_as_dictionary": 1,
 }
 # ClickHouse 26.9 does not find all rows by the index of block numbers: a part that was attached
-# keeps the index of its old ones.
+# keeps the index of its old ones. While there are patch parts, it finds none.
 WITHOUT_INDEX = {"use_skip_indexes": 0}
-# And while there are patch parts, `_block_number` is not found before the other columns are read.
-WITH_PATCHES = {"optimize_move_to_prewhere": 0}
+WITH_PATCHES = {"use_skip_indexes": 0, "optimize_move_to_prewhere": 0}
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # https://arrow.apache.org/docs/format/Columnar.html
 DROPPED_CODES = {60, 81, 218}  # ClickHouse's errors for a dropped table or database
 RELOAD_INTERVAL = 1  # seconds between two readings of the window
@@ -135,6 +134,14 @@ IDLE_INTERVAL = 5  # seconds between polls while there are no viewers
 
 class TableMissingError(Exception):
     """There is no such table yet."""
+
+
+class Blocks(NamedTuple):
+    """The blocks with `after` < number <= `head`, and the settings with which they are found."""
+
+    after: int
+    head: int
+    settings: dict
 
 
 class Tail:
@@ -159,6 +166,7 @@ class Tail:
         self.arrived = 0  # rows that were numbered
         self.short_windows = 0  # in sequence: they had fewer rows than metadata says
         self.version, self.next_reload = (0, 0), 0
+        self.settings = {}  # of queries for block numbers
         self.strings = Strings()
 
     def poll(self):
@@ -183,6 +191,7 @@ class Tail:
             self.query(f"EXISTS TABLE {self.source}")  # raises if the user may not see it
             raise TableMissingError
         self.health.compare_clocks(clock_ms)
+        self.settings = WITH_PATCHES if patch else {}
         return Metadata(definition, rewritten, patch, head, rows), added
 
     def only_inserts(self, now):
@@ -198,13 +207,14 @@ class Tail:
         Returns whether it did. With more new rows than the window has, they are all of it.
         """
         grown = now.rows - self.metadata.rows
-        rows = self.read_rows(now, after=self.metadata.head)
+        blocks = Blocks(self.metadata.head, now.head, self.settings)
+        rows = self.read_rows(blocks)
         count, newest = self.relay.measure(rows, self.time_column)
         # More rows in new parts than the table grew by: rows were removed, or a part was replaced.
         expected = count == min(grown, self.limit) and added <= grown
         if not expected and self.short_windows < MAX_SHORT_WINDOWS:
             return False
-        self.count_strings(now, after=self.metadata.head)
+        self.count_strings(blocks)
         self.metadata = None  # if Perspective fails half-way, only a fresh window is sure
         if count:
             with self.relay.change_tables():
@@ -217,16 +227,14 @@ class Tail:
         self.next_reload = time.monotonic() + RELOAD_INTERVAL
         self.columns = self.check_table()
         recreate = self.columns != self.hosted_columns or self.strings.too_many
-        # At the start the index finds the newest blocks quickly; later it may not be complete.
-        start = self.hosted_columns is None
-        settings = {} if start else WITHOUT_INDEX
-        after = self.find_window(now, settings, blocks=10 if start else now.head + 1)
-        rows = self.read_rows(now, after, settings)
-        if start:
-            self.warn_of_lost_order(now, after)
+        blocks = self.find_window(now)
+        rows = self.read_rows(blocks)
         self.version = self.version[0] + 1, now.head
         if recreate:
             self.hosted_columns = None
+            self.warn_of_lost_order(blocks)
+            self.health.columns = self.columns
+            self.health.publish()
             self.relay.host(self.table, rows, self.rollups)
             self.hosted_columns = self.columns
             self.strings.forget()
@@ -234,34 +242,35 @@ class Tail:
             with self.relay.change_tables():
                 self.relay.tables[self.table].replace(rows)
             self.health.log_reload()
-        self.count_strings(now, after, settings)
+        self.count_strings(blocks)
         if recreate:
             self.strings.bytes = 0  # a large window alone is not too many
         count, newest = self.relay.measure_table(self.table, self.time_column)
-        self.health.rows, self.health.columns = 0, self.columns
+        self.health.rows = 0
         self.move_cursor(now, count, newest)
         self.check_window(count, min(now.rows, self.limit))
 
-    def find_window(self, now, settings, blocks):
-        """Return the number of a block after which the window begins.
+    def find_window(self, now):
+        """Return the blocks in which the window is.
 
-        Looks for its rows in the newest `blocks`, then in a hundred times as many, and so on.
+        At the start the index finds them quickly: the newest ten are tried, then a hundred times as
+        many, and so on. Later the index may not be complete, see WITHOUT_INDEX.
         """
+        start = self.hosted_columns is None
+        settings = self.settings if start else WITHOUT_INDEX | self.settings
+        tried = 10 if start else now.head + 1
         while True:
-            after = now.head - blocks
-            [(oldest, count)] = self.query(
-                "SELECT toInt64(min(b)), count() FROM (SELECT _block_number AS b"
-                f" FROM {self.source} WHERE b > {after} AND b <= {now.head}"
-                f" ORDER BY b DESC LIMIT {self.limit})",
-                settings | (WITH_PATCHES if now.patch else {}),
-            )
-            if count == self.limit or after < 0:
-                return oldest - 1
-            blocks *= 100
+            blocks = Blocks(now.head - tried, now.head, settings)
+            sql = f"SELECT toInt64(min(_block_number)), count() FROM ({self.newest_rows(blocks)})"
+            [(oldest, count)] = self.query(sql, settings)
+            if count == self.limit or blocks.after < 0:
+                return blocks._replace(after=oldest - 1)
+            tried *= 100
 
-    def warn_of_lost_order(self, now, after):
+    def warn_of_lost_order(self, blocks):
         """Log that parts of the window were merged before the table kept block numbers."""
-        if self.query(LOST_ORDER_SQL.format(source=self.source, after=after, head=now.head)):
+        sql = LOST_ORDER_SQL.format(source=self.source, **blocks._asdict())
+        if self.query(sql, blocks.settings):
             log.warning(
                 "%s.%s has parts that were merged before it kept block numbers: the order of their"
                 " rows is lost, and the window may not hold the newest of them",
@@ -307,8 +316,8 @@ class Tail:
         """The column whose greatest value is the newest tick's time; None without such a column."""
         return "timestamp" if "DateTime64" in self.columns.get("timestamp", "") else None
 
-    def read_rows(self, now, after, settings=None):
-        """Read the newest rows of the blocks `after` < number <= head, at most `limit`.
+    def read_rows(self, blocks):
+        """Read the newest rows of these blocks, at most `limit`.
 
         Returns an Arrow stream in the order of arrival, numbered from `arrived` on.
         """
@@ -318,33 +327,31 @@ class Tail:
         sql = (
             f"SELECT {values}, toInt32({number} % {self.limit}) AS slot,"
             f" toFloat64({number}) AS arrival"
-            f" FROM (SELECT {names} FROM ({self.newest_rows(names, now, after)})"
+            f" FROM (SELECT {names} FROM ({self.newest_rows(blocks, names)})"
             " ORDER BY _block_number, _block_offset) AS t"
         )
-        settings = (settings or {}) | (WITH_PATCHES if now.patch else {})
-        arrow = self.client.raw_query(sql, fmt="ArrowStream", settings=settings)
+        arrow = self.client.raw_query(sql, fmt="ArrowStream", settings=blocks.settings)
         if not arrow.endswith(ARROW_END):  # Perspective would accept the beginning silently
             raise OSError("incomplete answer from ClickHouse")
         return arrow
 
-    def newest_rows(self, names, now, after):
+    def newest_rows(self, blocks, *names):
+        columns = ", ".join([*names, "_block_number", "_block_offset"])
         return (
-            f"SELECT {names}, _block_number, _block_offset FROM {self.source}"
-            f" WHERE _block_number > {after} AND _block_number <= {now.head}"
+            f"SELECT {columns} FROM {self.source} WHERE {BLOCKS_SQL.format(**blocks._asdict())}"
             f" ORDER BY _block_number DESC, _block_offset DESC LIMIT {self.limit}"
         )
 
-    def count_strings(self, now, after, settings=None):
+    def count_strings(self, blocks):
         """Count the strings of the same rows as `read_rows`, if they may be many different ones."""
         names = [name for name, kind in self.columns.items() if is_unbounded_string(kind)]
         if names:
-            columns = ", ".join(map(quote_identifier, names))
+            columns = list(map(quote_identifier, names))
             sql = STRINGS_SQL.format(
-                strings=", ".join(f"toString({quote_identifier(name)})" for name in names),
-                rows=self.newest_rows(columns, now, after),
+                strings=", ".join(f"toString({column})" for column in columns),
+                rows=self.newest_rows(blocks, *columns),
             )
-            settings = (settings or {}) | (WITH_PATCHES if now.patch else {})
-            self.strings.add(*self.query(sql, settings)[0])
+            self.strings.add(*self.query(sql, blocks.settings)[0])
 
     def query(self, sql, settings=None):
         return self.client.query(sql, settings=settings).result_rows
@@ -365,7 +372,8 @@ class Tail:
                 self.report_failure(error)
                 wait = pause = min(max(2 * pause, self.interval), MAX_PAUSE)
             else:
-                self.health.report("up", f"following {self.database}.{self.table}")
+                if self.metadata:  # otherwise the window is read soon
+                    self.health.report("up", f"following {self.database}.{self.table}")
                 pause, idle = 0, not self.relay.viewers
                 wait = began - time.monotonic() + max(self.interval, IDLE_INTERVAL * idle)
             self.health.polled(time.monotonic() - began, wait)
@@ -1060,7 +1068,7 @@ class RollupThread:
 
     def refresh(self, table):
         if self.client is None:
-            settings = SETTINGS | WITH_PATCHES | ROLLUP_SETTINGS
+            settings = SETTINGS | ROLLUP_SETTINGS
             self.client = producer.connect(
                 self.tail.dsn, send_receive_timeout=ROLLUP_TIMEOUT, settings=settings
             )
@@ -1094,7 +1102,8 @@ class RollupThread:
         recent = TICKS_SQL.format(**text, condition=RECENT_CONDITION.format(**text))
         ticks = TICKS_SQL.format(**text, condition=condition)
         sql = sql.format(**text, ticks=ticks, recent=recent)
-        result = self.client.query(sql, query_formats={"DateTime64": "int"})
+        formats = {"DateTime64": "int"}
+        result = self.client.query(sql, query_formats=formats, settings=self.tail.settings)
         return result.column_names, result.result_rows
 
     def apply(self, table, names, rows):
