@@ -405,10 +405,10 @@ def problem_of(error):
     """Return what an error means, and whether it is a fault of this program or of Perspective."""
     if not isinstance(error, (OSError, DatabaseError, *producer.FATAL_ERRORS)):
         return f"{type(error).__name__}", True
-    if producer.is_away(error):
-        return "ClickHouse is away", False
     if producer.is_fatal(error):
         return "cannot use ClickHouse", False
+    if producer.is_away(error):
+        return "ClickHouse is away", False
     return f"ClickHouse refuses the query (error {error.code})", False
 
 
@@ -522,25 +522,23 @@ def shown_name(name):
 
 def select_safely(name, kind):
     """Return SQL that selects a column of `t` as a value that Perspective takes."""
-    column = f"t.{quote_identifier(name)}"
-    plain = plain_type(kind)
+    column = original = f"t.{quote_identifier(name)}"
+    plain = re.sub(r"(Nullable|LowCardinality|SimpleAggregateFunction)\((\w+, )?", "", kind)
+    if "LowCardinality" in kind:
+        # Perspective crashes on a dictionary of anything but strings; `if` makes a plain column.
+        column = f"if(1, {column}, NULL)"
     if re.match(r"Date(32)?\b", plain):
         value = f"toDate32({column})"  # ClickHouse before 26.2 writes a Date as a number
     elif re.match(r"Bool|U?Int(8|16|32)\b", plain):
-        # Perspective crashes on a dictionary of anything but strings; `if` makes a plain column.
-        value = f"if(1, {column}, NULL)" if "LowCardinality" in kind else column
+        value = column
     elif plain.startswith("DateTime"):
         value = f"toDateTime64({column}, 3, 'UTC')"
     elif plain.startswith(("Float", "BFloat", "Decimal")):
         number = column if plain.startswith("Float") else f"toFloat64({column})"
         value = f"if(isFinite({number}), {number}, NULL)"
     else:
-        value = f"toLowCardinality({STRING_SQL.format(column)})"  # a repeated string comes once
+        value = f"toLowCardinality({STRING_SQL.format(original)})"  # a repeated string comes once
     return f"{value} AS {quote_identifier(shown_name(name))}"
-
-
-def plain_type(kind):
-    return re.sub(r"(Nullable|LowCardinality|SimpleAggregateFunction)\((\w+, )?", "", kind)
 
 
 def is_unbounded_string(kind):
