@@ -324,6 +324,8 @@ class ClickHouseProcess:
     def __exit__(self, *error):
         self.kill()
 
+    close = kill
+
 
 if __name__ == "__main__":
     main()
