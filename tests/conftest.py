@@ -31,7 +31,7 @@ import producer
 
 ROOT = Path(__file__).parent.parent
 HOUR = 3_600_000  # ms
-STATUS = "stock_values_status"  # the table with the server's status
+STATUS = "server status"  # the table that says what /healthz says, and more
 COLUMNS = ["timestamp", "ticker", "client", "open", "high", "low", "close", "volume", "date"]
 
 
@@ -169,7 +169,8 @@ class Server(Script):
 
 # Changes for `changed_server`. With a tenth of the time, a run of 5 s would mean 50 s of rest.
 QUICK_HISTORY = {"interval=30": "interval=3", "ROLLUP_SHARE = 0.1": "ROLLUP_SHARE = 0.5"}
-QUICK = QUICK_HISTORY | {"interval=1,": "interval=0.2,", "interval=30": "interval=0.2"}
+QUICK = {"interval=1,": "interval=0.2,", "interval=30,": "interval=0.2,"}
+QUICK["ROLLUP_SHARE = 0.1"] = "ROLLUP_SHARE = 0.5"
 
 
 def changed_server(folder, changes):

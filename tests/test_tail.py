@@ -5,6 +5,7 @@ came. Where nothing but inserts happened, `Mirror.received` shows besides that e
 delta, once, and `Mirror.removals` that no window was replaced.
 """
 
+import collections
 import itertools
 import subprocess
 import sys
@@ -82,7 +83,6 @@ def wait_for_state(server, state):
 # Inserts.
 
 
-@pytest.mark.alone
 def test_three_producers_batches_of_1_to_100_000_rows_and_merges(table, start):
     _, mirrors = follow(start, table.dsn, "--limit", 120_000)
     producers = [
@@ -166,7 +166,7 @@ def test_a_viewer_who_comes_while_the_table_is_made(table, start):
 # those on both sides of POLL.
 
 POLL = "poll"
-SYNC = "SETTINGS mutations_sync = 2"
+SYNC, ASYNC = "SETTINGS mutations_sync = 2", "SETTINGS mutations_sync = 0"
 ALTER, THIRD = "ALTER TABLE stock_values", "WHERE volume % 3 = 0"
 OLD = "WHERE timestamp < now() - INTERVAL 1 DAY"  # outside the window of 100 rows
 MERGE = "OPTIMIZE TABLE stock_values FINAL"
@@ -198,13 +198,13 @@ CHANGES = {
     "lightweight updates": [f"{UPDATE} {THIRD}", 50, f"{UPDATE} WHERE ticker = 'TLT.N'", POLL, 9],
     "slow alter update": [
         *(TRUNCATE, 100, 100, 100, POLL),
-        f"{ALTER} UPDATE close = close + 1 + sleepEachRow(0.002) WHERE 1",
+        f"{ALTER} UPDATE close = close + 1 + sleepEachRow(0.02) WHERE 1 {ASYNC}",
         *(50, POLL, MUTATED),
     ],
     "killed alter update": [  # it has changed some parts
         *(TRUNCATE, f"{ALTER} MODIFY SETTING max_bytes_to_merge_at_max_space_in_pool = 1"),
-        *(10, 140, 140, POLL),
-        f"{ALTER} UPDATE open = 7 + sleepEachRow(0.02) WHERE 1",
+        *(*[50] * 8, POLL),
+        f"{ALTER} UPDATE open = 7 + sleepEachRow(0.02) WHERE 1 {ASYNC}",
         "SELECT countIf(open = 7) > 0 FROM stock_values",
         "KILL MUTATION WHERE database = '{database}'",
         MERGED,
@@ -229,7 +229,7 @@ CHANGES = {
         *(f"{ALTER} DETACH PART '{{last}}'", f"{ALTER} ATTACH PART '{{last}}'", 50, START_MERGES),
     ],
     **{  # the table grows by less than was inserted, without a mutation
-        f"{rows} rows inserted, 200 others dropped{merge and ', merge'}": [
+        f"{rows} rows inserted, 200 others dropped{', merge' if merge else ''}": [
             *(TRUNCATE, STOP_MERGES, 200, 1, POLL, rows, f"{ALTER} DROP PART '{{part}}'"),
             *(START_MERGES, *merge),
         ]
@@ -297,23 +297,25 @@ def test_viewers_agree_after(followed, change):
 
 @pytest.mark.alone
 def test_a_long_mutation_neither_stops_the_ticks_nor_reloads_at_each_poll(table, start):
-    table.command(STOP_MERGES)
+    table.command(f"{ALTER} MODIFY SETTING max_bytes_to_merge_at_max_space_in_pool = 1")
     for _ in range(40):
-        table.insert(100)
-    server, [mirror] = follow(start, table.dsn)
+        table.insert(100, now_ms() - HOUR)
+    _, [mirror] = follow(start, table.dsn)
     script = start(Script, "producer.py", "--dsn", table.dsn, "--rows", 10, "--interval", 0.1)
-    wait_until(lambda: len(mirror.gaps) > 10, 30, "ticks")
+    mirror.wait_for_more(100)
     mirror.gaps.clear()
     began = time.monotonic()
-    table.command(f"{ALTER} UPDATE close = close + 1 + sleepEachRow(0.002) WHERE 1")
-    table.command(START_MERGES)
+    table.command(f"{ALTER} UPDATE open = 7 + sleepEachRow(0.005) WHERE 1 {ASYNC}")
     wait_until(lambda: table.command(MUTATED.format(database=table.name)), 60, "the mutation")
     took = time.monotonic() - began
     assert took > 3
     assert script.stop() == 0
     agree(table, [mirror])
     assert max(mirror.gaps) < 2
-    assert server.output.count("reloaded the window") <= took + 2
+    reloads = collections.Counter()  # each brings all rows, which only `open` changes
+    for row, times in mirror.received.items():
+        reloads[row[:3] + row[4:]] += times
+    assert 2 <= max(reloads.values()) <= took + 3
 
 
 # ---------------------------------------------------------------------------------------------
@@ -408,8 +410,8 @@ def test_viewers_come_back_when_the_engine_fails_to_make_a_table(table, start, t
     wait_until(lambda: "venue" in arrived_columns(mirror), 30, "the new column")
     table.insert(10)
     agree(table, [mirror])
-    assert server.output.count("it failed once") == 1
-    assert "Traceback" in server.output and "away" not in server.output
+    assert server.output.count("Traceback") == 1
+    assert "PerspectiveError" in server.output and "away" not in server.output
 
 
 MISFITS = {  # a change, what is said about it, and the change that takes it back
