@@ -344,7 +344,8 @@ for arguments in json.loads(sys.argv.pop()):
 BAD_VALUES = {
     "perspective_server.py --port": "0 99999 -1 x ''",
     "perspective_server.py --interval": "0 -1 nan inf 1e9 soon ''",
-    "perspective_server.py --limit": "0 -5 1.5 1e9x 99999999999",
+    "perspective_server.py --limit": "0 -5 1.5 1e9x 1000001",
+    "perspective_server.py --table": "'' a.b.c .b a. '`a' 'server status'",
     "perspective_server.py --allow-origin": "null '*' example.com https://a.example/b ftp://a.example"
     " '' https:// http://a:b",
     "producer.py --interval": "0 -1 nan inf 1e9 soon",
