@@ -200,31 +200,33 @@ def patched_server(folder, code):
     return script
 
 
+async def connect(url):
+    """Return a websocket to a server, and a Perspective client that sends on it."""
+    address = "ws" + url.removeprefix("http") + "/websocket"
+    socket = await websocket_connect(address, max_message_size=1 << 30)
+
+    async def send(message):
+        with contextlib.suppress(WebSocketClosedError):
+            await socket.write_message(bytes(message), binary=True)
+
+    return socket, perspective.AsyncClient(send)
+
+
 class Connection:
     """A Perspective client on a real websocket, with an event loop in a thread of its own."""
 
     def __init__(self, url):
-        self.address = "ws" + url.removeprefix("http") + "/websocket"
+        self.url, self.closed = url, threading.Event()
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-        self.closed = threading.Event()
-        try:
-            self.run(self._connect())
-        except BaseException:
-            self._end_loop()
-            raise
+        self.run(self._connect())
 
     def run(self, coroutine, seconds=30):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(seconds)
 
     async def _connect(self):
-        self.socket = await websocket_connect(self.address, max_message_size=1 << 30)
-
-        async def send(message):
-            await self.socket.write_message(bytes(message), binary=True)
-
-        self.client = perspective.AsyncClient(send)
+        self.socket, self.client = await connect(self.url)
         self.reading = asyncio.ensure_future(self._read())
 
     async def _read(self):
@@ -243,12 +245,9 @@ class Connection:
         if self.thread.is_alive():
             self.loop.call_soon_threadsafe(self.socket.close)
             self.closed.wait(10)  # Tornado waits 5 s for the other side
-            self._end_loop()
-
-    def _end_loop(self):
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join()
+            self.loop.close()
 
     def __enter__(self):
         return self
@@ -273,11 +272,9 @@ class Mirror:
         self.snapshots, self.removals, self.updates = 0, 0, collections.Counter()
         self.gaps, self.last = [], None
         self.lock, self.ended = threading.Lock(), threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
+        following = self._keep_following()
+        self.thread = threading.Thread(target=asyncio.run, args=[following], daemon=True)
         self.thread.start()
-
-    def _run(self):
-        asyncio.run(self._keep_following())
 
     async def _keep_following(self):
         self.loop = asyncio.get_running_loop()
@@ -289,17 +286,10 @@ class Mirror:
 
     async def _follow(self):
         """Follow over one connection, until it ends."""
-        address = "ws" + self.url.removeprefix("http") + "/websocket"
-        self.socket = socket = await websocket_connect(address, max_message_size=1 << 30)
-
-        async def send(message):
-            with contextlib.suppress(WebSocketClosedError):
-                await socket.write_message(bytes(message), binary=True)
-
-        client = perspective.AsyncClient(send)
+        self.socket, client = await connect(self.url)
         mirroring = asyncio.ensure_future(self._mirror_all(client))
         try:
-            while (message := await socket.read_message()) is not None and not self.ended.is_set():
+            while message := not self.ended.is_set() and await self.socket.read_message():
                 await client.handle_response(message)
         finally:
             mirroring.cancel()
