@@ -31,6 +31,7 @@ import producer
 
 ROOT = Path(__file__).parent.parent
 HOUR = 3_600_000  # ms
+STATUS = "server status"  # the table that says what /healthz says, and more
 COLUMNS = ["timestamp", "ticker", "client", "open", "high", "low", "close", "volume", "date"]
 
 
@@ -115,6 +116,19 @@ class Script:
         self.process.kill()
         self.wait()
 
+    def close(self):
+        if self.process.poll() is None:
+            self.kill()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """The process does nothing."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
     def memory(self):
         """Resident memory in MB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -155,10 +169,12 @@ class Server(Script):
 
 # Changes for `changed_server`. With a tenth of the time, a run of 5 s would mean 50 s of rest.
 QUICK_HISTORY = {"interval=30": "interval=3", "ROLLUP_SHARE = 0.1": "ROLLUP_SHARE = 0.5"}
+QUICK = {"interval=1,": "interval=0.2,", "interval=30,": "interval=0.2,"}
+QUICK["ROLLUP_SHARE = 0.1"] = "ROLLUP_SHARE = 0.5"
 
 
 def changed_server(folder, changes):
-    """Copy the scripts with texts replaced, {old: new}; returns the path of the copied server."""
+    """Copy the scripts with strings replaced, {old: new}; returns the path of the copied server."""
     unused = set(changes)
     for name in ("producer.py", "perspective_server.py", "prsp-viewer.html"):
         text = (ROOT / name).read_text()
@@ -170,31 +186,47 @@ def changed_server(folder, changes):
     return folder / "perspective_server.py"
 
 
+def quick_rollups(folder, entries=""):
+    """Copy the server with these rollups, too, and all as quick as the machine."""
+    return changed_server(folder, QUICK | {"\nROLLUPS = [": f"\nROLLUPS = [{entries}"})
+
+
+def patched_server(folder, code):
+    """Write a script that runs `code`, and then the server, in one process; returns its path."""
+    script = folder / "patched_server.py"
+    run = f"runpy.run_path({str(ROOT / 'perspective_server.py')!r}, run_name='__main__')"
+    path = f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+    script.write_text(f"{code}\n{path}{run}\n")
+    return script
+
+
+async def connect(url):
+    """Return a websocket to a server, and a Perspective client that sends on it."""
+    address = "ws" + url.removeprefix("http") + "/websocket"
+    socket = await websocket_connect(address, max_message_size=1 << 30)
+
+    async def send(message):
+        with contextlib.suppress(WebSocketClosedError):
+            await socket.write_message(bytes(message), binary=True)
+
+    return socket, perspective.AsyncClient(send)
+
+
 class Connection:
     """A Perspective client on a real websocket, with an event loop in a thread of its own."""
 
     def __init__(self, url):
-        self.address = "ws" + url.removeprefix("http") + "/websocket"
+        self.url, self.closed = url, threading.Event()
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-        self.closed = threading.Event()
-        try:
-            self.run(self._connect())
-        except BaseException:
-            self._end_loop()
-            raise
+        self.run(self._connect())
 
     def run(self, coroutine, seconds=30):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(seconds)
 
     async def _connect(self):
-        self.socket = await websocket_connect(self.address, max_message_size=1 << 30)
-
-        async def send(message):
-            await self.socket.write_message(bytes(message), binary=True)
-
-        self.client = perspective.AsyncClient(send)
+        self.socket, self.client = await connect(self.url)
         self.reading = asyncio.ensure_future(self._read())
 
     async def _read(self):
@@ -203,6 +235,9 @@ class Connection:
                 await self.client.handle_response(message)
         self.closed.set()
 
+    def tables(self):
+        return self.run(self.client.get_hosted_table_names())
+
     def table(self, name="stock_values"):
         return self.run(self.client.open_table(name))
 
@@ -210,12 +245,9 @@ class Connection:
         if self.thread.is_alive():
             self.loop.call_soon_threadsafe(self.socket.close)
             self.closed.wait(10)  # Tornado waits 5 s for the other side
-            self._end_loop()
-
-    def _end_loop(self):
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
-        self.loop.close()
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join()
+            self.loop.close()
 
     def __enter__(self):
         return self
@@ -240,11 +272,9 @@ class Mirror:
         self.snapshots, self.removals, self.updates = 0, 0, collections.Counter()
         self.gaps, self.last = [], None
         self.lock, self.ended = threading.Lock(), threading.Event()
-        self.thread = threading.Thread(target=self._run, daemon=True)
+        following = self._keep_following()
+        self.thread = threading.Thread(target=asyncio.run, args=[following], daemon=True)
         self.thread.start()
-
-    def _run(self):
-        asyncio.run(self._keep_following())
 
     async def _keep_following(self):
         self.loop = asyncio.get_running_loop()
@@ -256,17 +286,10 @@ class Mirror:
 
     async def _follow(self):
         """Follow over one connection, until it ends."""
-        address = "ws" + self.url.removeprefix("http") + "/websocket"
-        self.socket = socket = await websocket_connect(address, max_message_size=1 << 30)
-
-        async def send(message):
-            with contextlib.suppress(WebSocketClosedError):
-                await socket.write_message(bytes(message), binary=True)
-
-        client = perspective.AsyncClient(send)
+        self.socket, client = await connect(self.url)
         mirroring = asyncio.ensure_future(self._mirror_all(client))
         try:
-            while (message := await socket.read_message()) is not None and not self.ended.is_set():
+            while message := not self.ended.is_set() and await self.socket.read_message():
                 await client.handle_response(message)
         finally:
             mirroring.cancel()
@@ -330,10 +353,15 @@ class Mirror:
 
     def status(self):
         """The one row of the status table, None if it did not come yet."""
-        return next(iter(self.table(f"{self.live}_status").values()), None)
+        return next(iter(self.table(STATUS).values()), None)
 
     def wait_for_rows(self, rows, seconds=30):
         wait_until(lambda: len(self.table(self.live)) == rows, seconds, f"{rows} rows")
+
+    def wait_for_more(self, rows, seconds=30):
+        """Wait until so many rows came in deltas from now on."""
+        rows += self.received.total()
+        wait_until(lambda: self.received.total() >= rows, seconds, f"{rows} rows")
 
     def close(self):
         self.ended.set()
@@ -343,10 +371,11 @@ class Mirror:
 
 
 def decoded(arrow):
-    """An Arrow stream of Perspective as a list of {column: value}; times in ms, dates in days."""
-    table = pyarrow.ipc.open_stream(arrow).read_all()
+    """Rows of Arrow, a stream or a table, as {column: value}; times in ms, dates in days."""
+    if isinstance(arrow, bytes):
+        arrow = pyarrow.ipc.open_stream(arrow).read_all()
     columns = {}
-    for name, column in zip(table.column_names, table.columns, strict=True):
+    for name, column in zip(arrow.column_names, arrow.columns, strict=True):
         if pyarrow.types.is_timestamp(column.type):
             column = column.cast(pyarrow.timestamp("ms")).cast(pyarrow.int64())
         elif pyarrow.types.is_date(column.type):
@@ -362,20 +391,9 @@ def as_tick(row):
     return tuple(row.get(name) for name in COLUMNS)
 
 
-def counted(table):
-    """An Arrow table of ticks as a Counter of tuples; times in milliseconds, dates in days."""
-    columns = []
-    for name in COLUMNS:
-        column = table.column(name)
-        if name == "timestamp":
-            column = column.cast(pyarrow.timestamp("ms")).cast(pyarrow.int64())
-        elif name == "date":
-            kind = pyarrow.uint16() if column.type == pyarrow.uint16() else pyarrow.int32()
-            column = column.cast(kind)
-        elif name in ("ticker", "client"):
-            column = column.cast(pyarrow.string())
-        columns.append(column.to_pylist())
-    return collections.Counter(zip(*columns, strict=True))
+def counted(arrow):
+    """The ticks of Arrow as a Counter of tuples."""
+    return collections.Counter(map(as_tick, decoded(arrow)))
 
 
 block_numbers = itertools.count(1)
@@ -432,7 +450,7 @@ class Database:
     def count(self):
         return int(self.command("SELECT count() FROM stock_values"))
 
-    def drop(self):
+    def close(self):
         self.client.command(f"DROP DATABASE IF EXISTS {self.name}")
         self.client.close()
 
@@ -453,12 +471,37 @@ def clickhouse(tmp_path_factory):
         yield process
 
 
+@contextlib.contextmanager
+def starting():
+    """Yield start(Server, ...), which starts a script, a viewer or whatever has a `close`."""
+    with contextlib.ExitStack() as stack:
+
+        def start(kind, *arguments, **options):
+            started = kind(*arguments, **options)
+            stack.callback(started.close)
+            return started
+
+        yield start
+
+
 @pytest.fixture
-def database(clickhouse):
+def start():
+    """Starts what is ended after the test."""
+    with starting() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_once():
+    """Starts what all tests of a module use."""
+    with starting() as start:
+        yield start
+
+
+@pytest.fixture
+def database(clickhouse, start):
     """A database name that no other test uses; the producer creates it."""
-    made = Database(clickhouse)
-    yield made
-    made.drop()
+    return start(Database, clickhouse)
 
 
 @pytest.fixture
@@ -466,24 +509,6 @@ def table(database):
     """A database with the empty table in it."""
     database.create_table()
     return database
-
-
-@pytest.fixture
-def start():
-    """Starts scripts and viewers that are ended after the test: start(Server, ...)."""
-    started = []
-
-    def begin(kind, *arguments, **options):
-        thing = kind(*arguments, **options)
-        started.append(thing)
-        return thing
-
-    yield begin
-    for thing in reversed(started):
-        if isinstance(thing, Connection | Mirror):
-            thing.close()
-        elif thing.process.poll() is None:
-            thing.kill()
 
 
 class Site:
@@ -500,23 +525,18 @@ class Site:
         self.server = Server(*self.options)
         self.url = self.server.url
 
-    @contextlib.contextmanager
     def paused(self):
         """The producer does nothing."""
-        self.producer.process.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            self.producer.process.send_signal(signal.SIGCONT)
+        return self.producer.paused()
+
+    def close(self):
+        for thing in (self.server, self.producer, self.database):
+            thing.close()
 
 
 @pytest.fixture(scope="module")
-def site(clickhouse):
-    site = Site(clickhouse)
-    yield site
-    site.server.kill()
-    site.producer.kill()
-    site.database.drop()
+def site(clickhouse, start_once):
+    return start_once(Site, clickhouse)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,15 @@ import random
 import time
 
 import pytest
-from clickhouse_http import ClickHouseProcess
-from conftest import HOUR, Database, Script, changed_server, follow, now_ms, wait_until
+from conftest import (
+    HOUR,
+    Script,
+    changed_server,
+    follow,
+    now_ms,
+    quick_rollups,
+    wait_until,
+)
 
 from producer import COLUMNS as COLUMN_TYPES
 
@@ -23,7 +30,7 @@ STEPS = [1000 * seconds for seconds in SECONDS]
 # Some of them would collide in careless keys.
 TICKERS = ["AAPL.N", "A", "A 1", "A 1 2", "", "it's `\"\\"]
 CLIENTS = ["Homer", "1", "1 2", "2 Homer", ""]
-MAX_ROWS = 20_000
+MAX_ROWS, MAX_PAIRS = 20_000, 120  # of a rollup, and of a step of the history
 IN_2099 = 4_070_908_800_000
 
 Tick = collections.namedtuple(
@@ -53,7 +60,8 @@ def insert(database, ticks, into="stock_values"):
 
 def ticks_of(database):
     """All ticks that count, in the order of their time, then of their arrival."""
-    names = ", ".join(f"{name}" for name in Tick._fields[1:])
+    prices = [f"toFloat64(toString({name}))" for name in ("open", "high", "low", "close")]
+    names = ", ".join(["ticker", "client", *prices, "volume"])
     rows = database.ask(
         f"SELECT toUnixTimestamp64Milli(timestamp) AS ms, {names}"
         " FROM stock_values ORDER BY ms, _block_number, _block_offset"
@@ -82,7 +90,7 @@ def recent(ticks):
 
 def tickers(ticks):
     return {
-        (ticker,): (close, close / open_ - 1, high, low, volume)
+        (ticker,): (close, (close - open_) / abs(open_) if open_ else None, high, low, volume)
         for ticker, rows in grouped(recent(ticks), lambda tick: tick.ticker)
         for open_, high, low, close, volume in [ohlcv(rows)]
     }
@@ -94,8 +102,19 @@ def candles(ticks):
 
 
 def history(ticks, step):
-    groups = grouped(ticks, lambda t: (t.ms // step * step, t.ticker, t.client))
-    return {key: (*ohlcv(rows), len(rows), rows[-1].ms) for key, rows in groups}
+    """In each step, all but the pairs with the most volume are one row of others."""
+    steps = collections.defaultdict(list)
+    for (start, *pair), rows in grouped(ticks, lambda t: (t.ms // step * step, t.ticker, t.client)):
+        steps[start].append((*pair, *ohlcv(rows), len(rows), rows[-1].ms))
+    found = {}
+    for start, rows in steps.items():
+        rows.sort(key=lambda row: (-row[6], row[:2]))
+        found |= {(start, *row[:2]): row[2:] for row in rows[:MAX_PAIRS]}
+        if others := rows[MAX_PAIRS:]:
+            *_, volume, count, last = zip(*others, strict=True)
+            values = (*[None] * 4, sum(volume), sum(count), max(last))
+            found[start, "(others)", "(others)"] = values
+    return found
 
 
 OHLCV = ["open", "high", "low", "close", "volume"]
@@ -116,7 +135,10 @@ def mirrored(mirror, name):
 
 def rounded(rows):
     """Perspective changes the 16th digit of some numbers."""
-    return {key: tuple(round(value, 9) for value in values) for key, values in rows.items()}
+    return {
+        key: tuple(None if value is None else round(value, 9) for value in values)
+        for key, values in rows.items()
+    }
 
 
 def agree(database, mirror, names=("tickers", "candles", "history"), ticks=None):
@@ -136,18 +158,9 @@ def equal(mirror, name, by_hand):
     return next((step for step, rows in by_hand.items() if rows == found), None)
 
 
-QUICK = dict.fromkeys(("interval=1,", "interval=30,"), "interval=0.2,")
-QUICK["ROLLUP_SHARE = 0.1"] = "ROLLUP_SHARE = 0.5"  # otherwise 5 s in a run are 50 s of rest
-
-
-def with_more(entries):
-    """Changes for `changed_server`: these rollups, too, and all as quick as the machine."""
-    return QUICK | {"\nROLLUPS = [": f"\nROLLUPS = [{entries}"}
-
-
 @pytest.fixture
 def quick(tmp_path):
-    return changed_server(tmp_path, QUICK)
+    return quick_rollups(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -161,7 +174,7 @@ def test_the_last_batch_of_a_running_producer_is_in_tickers_and_candles(table, s
     agree(table, mirror, ["tickers", "candles"])
 
 
-def test_late_rows_ties_wrong_clocks_changes_and_a_truncate(table, start, quick):
+def test_late_rows_ties_odd_prices_wrong_clocks_changes_and_a_truncate(table, start, quick):
     now = now_ms()
     insert(table, draw(1, 300, now - 4 * MINUTE, now))
     server, [mirror] = follow(start, table.dsn, script=quick)
@@ -174,6 +187,11 @@ def test_late_rows_ties_wrong_clocks_changes_and_a_truncate(table, start, quick)
     insert(table, [Tick(ms, ticker, "Homer") for ms in clocks for ticker in ("A", "B")])
     assert len(ticks_of(table)) == table.count() - 6
     agree(table, mirror)
+    prices = {"ZERO": (0.0, 1.0), "OIL": (-10.0, -5.0)}
+    insert(table, [Tick(now, t, "x", open=o, close=c) for t, (o, c) in prices.items()])
+    agree(table, mirror)
+    changes = mirror.table("stock_values_tickers")
+    assert (changes["ZERO"]["change"], changes["OIL"]["change"]) == (None, 0.5)
     for sql in (
         "DELETE FROM stock_values WHERE ticker = 'A'",
         "ALTER TABLE stock_values DELETE WHERE client = 'Homer' SETTINGS mutations_sync = 2",
@@ -216,6 +234,7 @@ def test_the_steps_of_the_history_grow_with_its_span(table, start, quick):
 
 
 def test_of_5_000_tickers_those_with_the_most_volume_are_shown(table, start, quick):
+    """In the candles; the history adds up the others."""
     table.command(
         "INSERT INTO stock_values SELECT fromUnixTimestamp64Milli(toInt64("
         f"{now_ms()} - intDiv(number, 5000) * 2000), 'UTC'), toString(number % 5000), 'Homer',"
@@ -223,21 +242,20 @@ def test_of_5_000_tickers_those_with_the_most_volume_are_shown(table, start, qui
     )
     _, [mirror] = follow(start, table.dsn, script=quick)
     ticks = ticks_of(table)
-    agree(table, mirror, ["tickers"], ticks)
+    agree(table, mirror, ["tickers", "history"], ticks)
     volume = {ticker: values[-1] for (ticker,), values in tickers(ticks).items()}
     by_volume = sorted(volume, key=lambda ticker: (-volume[ticker], ticker))
     top, rest = set(by_volume[:3333]), set(by_volume[3334:])  # six rows each; the next has two
-    for name, by_hand in (("candles", candles(ticks)), ("history", history(ticks, 1000))):
-        wait_until(lambda name=name: len(mirrored(mirror, name)) == MAX_ROWS, 30, name)
-        found = mirrored(mirror, name)
-        assert found.items() <= rounded(by_hand).items()
-        shown = collections.Counter(ticker for _, ticker, *_ in found)
-        assert {ticker for ticker, rows in shown.items() if rows == 6} == top
-        assert not rest & set(shown)
+    wait_until(lambda: len(mirrored(mirror, "candles")) == MAX_ROWS, 30, "candles")
+    found = mirrored(mirror, "candles")
+    assert found.items() <= rounded(candles(ticks)).items()
+    shown = collections.Counter(ticker for _, ticker in found)
+    assert {ticker for ticker, rows in shown.items() if rows == 6} == top
+    assert not rest & set(shown)
 
 
 def test_the_keys_of_candles_are_reused(table, start, quick):
-    """Perspective, and so each browser, never forgets a text."""
+    """Perspective, and so each browser, never forgets a string."""
     _, [mirror] = follow(start, table.dsn, script=quick)
     at, keys, times = now_ms() - DAY, set(), set()
     for _ in range(4):
@@ -278,14 +296,15 @@ def test_history_table_is_where_the_history_comes_from(table, start, quick):
 
 def test_a_fourth_rollup_is_one_entry_and_a_failing_one_is_said_once(table, start, tmp_path):
     entries = """
-    Rollup("clients", index="client", interval=0.2, sql="SELECT t.client AS client, sum(t.volume)"
-        " AS volume FROM {recent} GROUP BY t.client"),
-    Rollup("broken", index="ticker", interval=0.2, sql="SELECT t.ticker AS ticker,"
-        " throwIf(max(t.volume) > 0) AS value FROM {recent} GROUP BY t.ticker"),
-    Rollup("ids", index="ticker", interval=1, sql="SELECT t.ticker AS ticker, generateUUIDv4() AS"
-        " id FROM {recent} GROUP BY t.ticker"),
-    Rollup("lost", index="nothing", interval=1, sql="SELECT t.ticker AS ticker FROM {recent}"),"""
-    server, [mirror] = follow(start, table.dsn, script=changed_server(tmp_path, with_more(entries)))
+    Rollup("clients", columns={"client": "string", "volume": "float"}, interval=0.2,
+        sql="SELECT t.client AS client, sum(t.volume) AS volume FROM {recent} GROUP BY t.client"),
+    Rollup("broken", columns={"ticker": "string", "value": "float"}, interval=0.2, sql="SELECT"
+        " t.ticker AS ticker, throwIf(max(t.volume) > 0) AS value FROM {recent} GROUP BY t.ticker"),
+    Rollup("unknown", columns={"ticker": "string", "id": "string"}, interval=1, sql="SELECT"
+        " t.ticker AS ticker, generateUUIDv4() AS id FROM {recent} GROUP BY t.ticker"),
+    Rollup("lost", columns={"nothing": "string"}, interval=1, sql="SELECT t.ticker AS ticker"
+        " FROM {recent}"),"""  # "lost" lacks its column, and Perspective has no UUID
+    server, [mirror] = follow(start, table.dsn, script=quick_rollups(tmp_path, entries))
 
     def clients():
         rows = mirror.table("stock_values_clients").values()
@@ -299,78 +318,51 @@ def test_a_fourth_rollup_is_one_entry_and_a_failing_one_is_said_once(table, star
             expected[tick.client] += tick.volume
         wait_until(lambda expected=expected: clients() == expected, 20, "the fourth rollup")
     assert mirror.table("stock_values_broken") == {}
-    for name in ("broken", "ids", "lost"):
-        assert server.output.count(f"rollup {name}") == 1
+    for name in ("broken", "unknown", "lost"):
+        assert server.output.count(f"rollup stock_values_{name} ") == 1
     assert server.health()["clickhouse"] == "up"
-
-
-def test_a_price_of_zero_stops_no_rollup(table, start):
-    _, [mirror] = follow(start, table.dsn)
-    insert(table, [Tick(now_ms(), "ZERO", "x", open=0.0), Tick(now_ms(), "A", "x")])
-    wait_until(lambda: len(mirror.table("stock_values_tickers")) == 2, 60, "both tickers")
-    assert mirror.table("stock_values_tickers")["ZERO"]["change"] is None
-    insert(table, [Tick(now_ms(), "A", "x", close=1.25)])
-    wait_until(lambda: mirror.table("stock_values_tickers")["A"]["last"] == 1.25, 60, "the price")
 
 
 def test_rows_that_are_gone_are_removed_even_after_a_failure(table, start, tmp_path):
     """Perspective cannot take an IP address, but its absence."""
     entry = """
-    Rollup("odd", index="ticker", interval=0.2, sql="SELECT t.ticker AS ticker, if(max(t.volume)"
-        " = 700, toIPv4('127.0.0.1'), NULL) AS value FROM {recent} GROUP BY t.ticker"),"""
-    server, [mirror] = follow(start, table.dsn, script=changed_server(tmp_path, with_more(entry)))
+    Rollup("odd", columns={"ticker": "string", "value": "string"}, interval=0.2, sql="SELECT"
+        " t.ticker AS ticker, if(max(t.volume) = 700, toIPv4('127.0.0.1'), NULL) AS value"
+        " FROM {recent} GROUP BY t.ticker"),"""
+    server, [mirror] = follow(start, table.dsn, script=quick_rollups(tmp_path, entry))
     insert(table, [Tick(now_ms(), "A", "x"), Tick(now_ms(), "B", "x")])
     wait_until(lambda: {*mirror.table("stock_values_odd")} == {"A", "B"}, 20, "both rows")
     insert(table, [Tick(now_ms(), "A", "x", volume=700)])
-    server.wait_for("rollup odd failed")
+    server.wait_for("rollup stock_values_odd failed")
     table.command("DELETE FROM stock_values WHERE ticker = 'B' OR volume = 700")
     wait_until(lambda: {*mirror.table("stock_values_odd")} == {"A"}, 20, "the row that is left")
 
 
-def test_a_slow_rollup_rests_nine_tenths_of_the_time(table, start, tmp_path):
-    entry = """
-    Rollup("slow", index="ticker", interval=0.2, sql="SELECT ticker, value + sleep(0.3) AS value"
-        " FROM (SELECT t.ticker AS ticker, toFloat64(max(t.ms)) AS value FROM {recent} GROUP BY"
-        " t.ticker)"),"""
-    script = changed_server(tmp_path, {"\nROLLUPS = [": f"\nROLLUPS = [{entry}"})
-    _, [mirror] = follow(start, table.dsn, script=script)
-    start(Script, "producer.py", "--dsn", table.dsn)
-    runs = mirror.updates
-    wait_until(lambda: runs["stock_values_slow"] >= 2, 120)  # a single slow run does not count
-    began = time.monotonic()
-    wait_until(lambda: runs["stock_values_slow"] >= 5, 120)
-    assert time.monotonic() - began > 3 * 0.3 / 0.1 - 1
-
-
-def test_a_clickhouse_that_hung_once_does_not_hold_up_the_rollups(start, tmp_path):
-    with ClickHouseProcess(tmp_path / "data") as process:
-        database = Database(process)
-        database.create_table()
-        _, [mirror] = follow(start, database.dsn)
-        start(Script, "producer.py", "--dsn", database.dsn, "--rows", 20)
-        wait_until(lambda: mirror.updates["stock_values_tickers"] > 1, 60)
-        process.pause()
-        time.sleep(15)  # ten times as long would be 150 s of rest
-        process.resume()
-        updates = mirror.updates["stock_values_tickers"]
-        wait_until(lambda: mirror.updates["stock_values_tickers"] > updates + 2, 100)
-
-
 @pytest.mark.alone
-def test_a_rollup_of_ten_seconds_does_not_hold_up_the_ticks(table, start, tmp_path):
+def test_a_slow_rollup_rests_and_holds_up_neither_the_others_nor_the_ticks(table, start, tmp_path):
+    """One takes a third of a second and rests for nine times as long; another takes ten."""
     entries = """
-    Rollup("slow", index="ticker", interval=0.2, sql="SELECT ticker, toFloat64(sum(slept)) AS value"
-        " FROM (SELECT t.ticker AS ticker, sleepEachRow(0.5) AS slept FROM {recent} LIMIT 20)"
-        " GROUP BY ticker SETTINGS function_sleep_max_microseconds_per_block = 60000000"),"""
-    server, [mirror] = follow(start, table.dsn, script=changed_server(tmp_path, with_more(entries)))
+    Rollup("tired", columns={"ticker": "string", "value": "float"}, interval=0.2, sql="SELECT"
+        " ticker, value + sleep(0.3) AS value FROM (SELECT t.ticker AS ticker,"
+        " toFloat64(max(t.ms)) AS value FROM {recent} GROUP BY t.ticker)"),
+    Rollup("slow", columns={"ticker": "string", "value": "float"}, interval=0.2, sql="SELECT"
+        " ticker, toFloat64(sum(slept)) AS value FROM (SELECT t.ticker AS ticker,"
+        " sleepEachRow(0.5) AS slept FROM {recent} LIMIT 20) GROUP BY ticker"
+        " SETTINGS function_sleep_max_microseconds_per_block = 60000000"),"""
+    script = changed_server(tmp_path, {"\nROLLUPS = [": f"\nROLLUPS = [{entries}"})
+    table.insert(100)
+    server, [mirror] = follow(start, table.dsn, script=script)
     start(Script, "producer.py", "--dsn", table.dsn, "--interval", 0.1, "--rows", 20)
-    running = "SELECT count() FROM system.processes WHERE query LIKE '%sleepEachRow(0.5)%LIMIT 20%'"
-    running += " AND query NOT LIKE '%system.processes%'"
-    wait_until(lambda: table.command(running), 20, "the slow rollup")
+    updates = mirror.updates
+    wait_until(lambda: updates["stock_values_tired"] > 1, 60, "the tired one")
+    tickers, tired = updates["stock_values_tickers"], updates["stock_values_tired"]
     mirror.gaps.clear()
-    time.sleep(4)  # the time over which the rhythm is measured
-    assert table.command(running), "the slow rollup has ended too early"
-    assert len(mirror.gaps) > 8
+    began = time.monotonic()
+    wait_until(lambda: updates["stock_values_tired"] >= tired + 2, 60)
+    took = time.monotonic() - began
+    assert took > 2 * 0.3 / 0.1 - 1
+    assert updates["stock_values_tickers"] - tickers >= took / 2
+    assert updates["stock_values_slow"] <= 1
     assert max(mirror.gaps) < 2
     assert server.health()["clickhouse"] == "up"
-    assert server.stop(seconds=3) == 0  # although the query is running
+    assert server.stop(seconds=3) == 0  # although the slow query is running

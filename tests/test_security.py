@@ -20,14 +20,15 @@ from types import SimpleNamespace
 import perspective
 import pytest
 from conftest import (
-    ROOT,
+    STATUS,
     Connection,
     Database,
-    Mirror,
     Script,
     Server,
     changed_server,
+    follow,
     free_port,
+    patched_server,
     wait_until,
 )
 from tornado.websocket import WebSocketClosedError
@@ -35,7 +36,7 @@ from tornado.websocket import WebSocketClosedError
 TABLE = "stock_values"
 # Requests of Perspective's protocol (perspective.proto), the tag of its error, and ids of messages.
 FEATURES, HOSTED_TABLES, MAKE_VIEW, SCHEMA, SIZE, DELETE_VIEW, TO_ARROW = 3, 4, 6, 7, 8, 11, 16
-ON_UPDATE, CANCEL_UPDATE, REPLACE, UPDATE, ON_REMOVE, CANCEL_REMOVE = 21, 22, 32, 33, 39, 40
+ON_UPDATE, REPLACE, UPDATE, ON_REMOVE = 21, 32, 33, 39
 ERROR, MARKER_ID, UPDATES_ID = b"\x92\x03", 98, 99
 
 # --- Raw messages and sockets ---------------------------------------------------------------------
@@ -140,18 +141,13 @@ def frame(message):
 
 
 @pytest.fixture(scope="module")
-def service(clickhouse):
-    database = Database(clickhouse)
+def service(clickhouse, start_once):
+    database = start_once(Database, clickhouse)
     database.create_table()
-    server = Server("--dsn", database.dsn, "--interval", 0.1, "--limit", 200_000)
-    mirror = Mirror(server.url)
-    wait_until(lambda: mirror.snapshots, 30, lambda: server.output)
-    ticks = Script("producer.py", "--dsn", database.dsn, "--interval", 0.1, "--rows", 10)
+    options = ("--interval", 0.1, "--limit", 200_000)
+    server, [mirror] = follow(start_once, database.dsn, *options)
+    start_once(Script, "producer.py", "--dsn", database.dsn, "--interval", 0.1, "--rows", 10)
     yield SimpleNamespace(database=database, server=server, mirror=mirror, url=server.url)
-    mirror.close()
-    for script in (ticks, server):
-        script.stop()
-    database.drop()
     assert not re.search("Traceback|UTF-8", server.output)
 
 
@@ -190,8 +186,8 @@ table.validate_expressions({"e": '"open" + 1'})
 
 def test_perspectives_client_may_mirror_and_do_nothing_else(ours):
     with Connection(ours.url) as viewer:
-        tables = viewer.run(viewer.client.get_hosted_table_names())
-        assert {TABLE, f"{TABLE}_status"} <= set(tables)
+        tables = viewer.tables()
+        assert {TABLE, STATUS} <= set(tables)
         table = viewer.table()
         view = viewer.run(table.view())
 
@@ -201,7 +197,7 @@ def test_perspectives_client_may_mirror_and_do_nothing_else(ours):
         for text in re.split(r"[;\n]\s*", ATTEMPTS.strip()):
             with pytest.raises(perspective.PerspectiveError, match="refused"):
                 pytest.fail(f"{text}: {viewer.run(attempt(text))}")
-        assert viewer.run(viewer.client.get_hosted_table_names()) == tables
+        assert viewer.tables() == tables
         assert viewer.run(view.to_arrow())
         viewer.run(view.delete())
 
@@ -209,7 +205,7 @@ def test_perspectives_client_may_mirror_and_do_nothing_else(ours):
 def test_requests_that_are_not_on_the_list_are_refused(ours):
     right = dict.fromkeys((FEATURES, HOSTED_TABLES, SCHEMA, SIZE, ON_REMOVE), b"")
     right |= {TO_ARROW: field(1), ON_UPDATE: field(1, 0)}
-    on_the_list = {*right, MAKE_VIEW, DELETE_VIEW, CANCEL_UPDATE, CANCEL_REMOVE}
+    on_the_list = {*right, MAKE_VIEW, DELETE_VIEW}
     others = [n for n in (*range(65), 100, 18999, 1 << 28) if n not in on_the_list]
     bodies = [b"", field(1, 0), field(1, "x"), field(3, "ticker")]
     more = [field(1), field(1, 1), field(1, field(1, 5)), field(1, 0) + field(2), b"\x8a\0\0"]
@@ -226,25 +222,25 @@ def test_requests_that_are_not_on_the_list_are_refused(ours):
         raw.assert_updates_go_on()
 
 
-def test_views_are_plain_and_belong_to_one_session(ours):
+def test_views_are_plain_and_belong_to_one_viewer(ours):
     with Raw(ours.url) as owner, Raw(ours.url) as other:
-        owner.assert_accepted(make_view("shared"))
-        owner.subscribe("shared")
+        owner.assert_accepted(make_view("mine"))
+        owner.subscribe("mine")
         configurations = [b""] + [field(n, field(1, "ticker")) for n in range(1, 12)]
         other.assert_refused(
             *[make_view("v", field(2, configuration)) for configuration in configurations],
             *[make_view("v", more) for more in (field(1, "w"), field(1, "v"), field(3), b"\n")],
-            *[make_view("v", table=table) for table in ("", "v", "nothing", "shared")],
-            *[make_view("shared", table=table) for table in (TABLE, f"{TABLE}_status")],
+            *[make_view("v", table=table) for table in ("", "v", "nothing", "mine")],
             *[ask(MAKE_VIEW, body) for body in (b"", b"\x8a\0\x01v", b"\n")],
-            *[ask(number, b"", "shared") for number in (DELETE_VIEW, ON_REMOVE, CANCEL_REMOVE)],
-            *[ask(number, field(1, 0), "shared") for number in (ON_UPDATE, CANCEL_UPDATE)],
-            *[ask(TO_ARROW, field(1), entity) for entity in ("shared", TABLE, "")],
+            *[ask(number, b"", "mine") for number in (DELETE_VIEW, ON_REMOVE)],
+            ask(ON_UPDATE, field(1, 0), "mine"),
+            *[ask(TO_ARROW, field(1), entity) for entity in ("mine", TABLE, "")],
         )
+        other.assert_accepted(make_view("mine"), ask(DELETE_VIEW, b"", "mine"))  # its own
         owner.assert_updates_go_on()
-        owner.assert_accepted(ask(DELETE_VIEW, b"", "shared"))
-        owner.assert_refused(ask(TO_ARROW, field(1), "shared"))
-        other.assert_accepted(make_view("shared"))  # the name is free again
+        owner.assert_refused(*[make_view("mine", table=table) for table in (TABLE, STATUS)])
+        owner.assert_accepted(ask(DELETE_VIEW, b"", "mine"))
+        owner.assert_refused(ask(TO_ARROW, field(1), "mine"))
 
 
 def test_malformed_and_doubled_messages_are_refused(ours):
@@ -323,36 +319,10 @@ def test_requests_without_a_pause_get_a_small_share_of_the_time(ours):
     assert share < 0.5
 
 
-def test_websockets_that_are_refused_leave_nothing_behind(start):
-    """In a server without tables, whose memory nothing else changes."""
-    server = start(Server, "--dsn", f"clickhouse://a:b@127.0.0.1:{free_port()}/test")
-    refused = {"Origin": "http://evil.example"}
-
-    def ask_in_vain(times):
-        connection = http.client.HTTPConnection("localhost", server.port, timeout=20)
-        for i in range(times):
-            connection.request("GET", "/websocket", headers=UPGRADE | refused if i % 2 else {})
-            answer = connection.getresponse()
-            answer.read()
-            assert answer.status == (403 if i % 2 else 400)
-        connection.close()
-
-    ask_in_vain(500)
-    before = server.memory()
-    ask_in_vain(5000)
-    assert server.memory() - before < 15  # MB; with a session of the engine for each it is 24
-
-
 def test_viewers_find_room_where_a_shell_allows_few_files(service, start, tmp_path):
     """The server raises the limit. At the limit it would be busy failing to accept connections."""
-    script = tmp_path / "few_files.py"
-    script.write_text(
-        "import resource, runpy, sys\n"
-        "hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard_limit))\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        f"runpy.run_path({str(ROOT / 'perspective_server.py')!r}, run_name='__main__')\n"
-    )
+    lower = "import resource as r\n_, hard = r.getrlimit(r.RLIMIT_NOFILE)\n"
+    script = patched_server(tmp_path, f"{lower}r.setrlimit(r.RLIMIT_NOFILE, (64, hard))")
     server = start(Server, "--dsn", service.database.dsn, script=script)
     with contextlib.ExitStack() as stack:
         for _ in range(100):
@@ -412,12 +382,10 @@ def connects(server, **headers):
 
 
 @pytest.fixture(scope="module")
-def public(service):
+def public(service, start_once):
     """A server that listens everywhere and allows other origins."""
     options = ("--address", "0.0.0.0", "--allow-origin", *ALLOWED)
-    server = Server("--dsn", service.database.dsn, *options)
-    yield server
-    server.kill()
+    return start_once(Server, "--dsn", service.database.dsn, *options)
 
 
 def test_pages_of_other_origins_cannot_connect(service, public):
@@ -446,15 +414,18 @@ def test_pages_of_other_origins_cannot_connect(service, public):
     assert connects(public, Origin=ALLOWED[0], Host="ticks.example.com") == 101
 
 
-def test_other_host_names_get_nothing(service, public):
+def test_other_host_names_get_nothing(service, public, start):
     foreign = ["evil.example", "evil.example:8080", "127.0.0.1.evil.example", "[::1].evil.example"]
     foreign += ["localhost.evil.example", "evil-localhost", "localhost.x", "1.2.3.4.evil.example"]
     foreign += ["ticks.example.com.evil.example", "xticks.example.com", "ticksxexample.com"]
     others = ["192.0.2.7:8080", "[2001:db8::1]:8080", "ticks.example.com", "other.example:81"]
     local = ["LOCALHOST", "localhost:8080", "127.0.0.1", "127.0.0.1:8080", "[::1]:8080"]
+    allowed = ("--allow-origin", "http://[2001:db8::1]:81")
+    ipv6 = start(Server, "--dsn", service.database.dsn, *allowed)
     for server, refused, answered in (
         (service.server, [*foreign, *others], local),
         (public, foreign, [*local, *others]),
+        (ipv6, ["[2001:db8::2]", "2001:db8::1"], ["[2001:db8::1]:81", "[2001:DB8::1]"]),
     ):
         for host in refused:
             assert connects(server, Host=host, Origin=f"http://{host}") == 404, host
@@ -465,13 +436,6 @@ def test_other_host_names_get_nothing(service, public):
             assert connects(server, Host=host, Origin=f"http://{host}") == 101, host
         assert status(server, "/", Host="evil.example", **{"X-Forwarded-Host": "localhost"}) == 404
         assert status(server, "http://localhost/", Host="evil.example") == 404
-
-
-def test_an_allowed_origin_may_be_an_ipv6_address(service, start):
-    allowed = ("--allow-origin", "http://[2001:db8::1]:81")
-    server = start(Server, "--dsn", service.database.dsn, *allowed)
-    for host, code in (("[2001:db8::1]:81", 200), ("[2001:DB8::1]", 200), ("[2001:db8::2]", 404)):
-        assert server.get("/", {"Host": host})[0] == code
 
 
 PATHS = r"""/perspective /perspective/ /perspective/__init__.py /perspective/perspective-anywidgetX

@@ -19,6 +19,7 @@ from clickhouse_http import ClickHouseProcess
 from conftest import (
     HOUR,
     ROOT,
+    STATUS,
     Connection,
     Database,
     Mirror,
@@ -31,8 +32,6 @@ from conftest import (
 from proxy import Proxy
 
 FIGURES = {"rows", "delivered", "rows_per_second", "lag_ms", "poll_ms", "viewers"}
-STATUS = "stock_values_status"
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 
 
 def requests_through(proxy):
@@ -66,14 +65,13 @@ def wait_for_report(server, mirror, seconds=30, **expected):
     return said
 
 
+@pytest.mark.long
 def test_health_tells_the_truth_whatever_happens_to_clickhouse(tmp_path, start):
     process = ClickHouseProcess(tmp_path / "data", port=free_port())
     database = Database(process, "test")
     process.password = "another"
     process.start()
-    with contextlib.ExitStack() as cleanup:
-        cleanup.callback(process.kill)
-        proxy = cleanup.enter_context(Proxy(process.port))
+    with contextlib.closing(process), Proxy(process.port) as proxy:
         times = requests_through(proxy)
         dsn = database.dsn.replace(str(process.port), str(proxy.port))
         server = start(Server, "--dsn", dsn, "--interval", 0.05)
@@ -120,7 +118,7 @@ def test_the_figures_of_health(table, start):
     assert said["rows_per_second"] in (60, 90, 120)  # over ten seconds, and the machine may be slow
     assert 3000 <= said["lag_ms"] < 30_000
     table.insert(1, now_ms() + 70 * 8766 * HOUR)  # a wrong clock: no tick that counts
-    assert 3000 <= wait_for_report(server, mirror, delivered=1201)["lag_ms"] < 60_000
+    wait_for_report(server, mirror, delivered=1201, lag_ms=None)
     table.insert(1, now_ms() + 30_000)
     wait_for_report(server, mirror, delivered=1202, lag_ms=0)
     with Connection(server.url), Connection(server.url):
@@ -133,7 +131,7 @@ def test_the_figures_of_health(table, start):
     )
     table.command(f"INSERT INTO {table.name}.plain SELECT number FROM numbers(7)")
     server = start(Server, *options, "--table", "plain")
-    mirror = start(Mirror, server.url, "plain_status")
+    mirror = start(Mirror, server.url, STATUS)
     wait_for_report(server, mirror, clickhouse="up", table="plain", rows=7, lag_ms=None)
 
 
@@ -169,8 +167,8 @@ def test_nobody_looks_so_it_polls_every_five_seconds_and_the_first_viewer_is_fre
             mirror.wait_for_rows(10)
             wait_until(lambda: mirror.table("stock_values_history"), 20)
             times = requests_through(proxy)
-            wait_until(lambda: len(times) >= 20, 20)
-            assert 2.5 < times[19] - times[0] < 8  # --interval holds
+            wait_until(lambda: len(times) >= 10, 20)
+            assert 1.2 < times[9] - times[0] < 4  # --interval holds
         wait_until(lambda: server.health()["viewers"] == 0)
 
         times, inserted = requests_through(proxy), 10
@@ -181,12 +179,10 @@ def test_nobody_looks_so_it_polls_every_five_seconds_and_the_first_viewer_is_fre
             time.sleep(0.1)
         # Two polls at most; each is two requests, after which each rollup runs once.
         assert 2 <= len(times) <= 10
-        wait_until(lambda: server.health()["delivered"] == inserted)
         assert server.get("/healthz")[0] == 200
-        table.insert(7)
-        assert server.health()["delivered"] == inserted
+        assert 10 < server.health()["delivered"] < inserted
         began = time.monotonic()
-        start(Mirror, server.url).wait_for_rows(inserted + 7)
+        start(Mirror, server.url).wait_for_rows(inserted)
         assert time.monotonic() - began < 1
 
 
@@ -222,16 +218,15 @@ def test_a_user_who_may_only_read_is_enough_and_polling_is_not_logged(guarded, s
         wait_until(lambda: mirror.rows() == database.rows(), 20)
         database.command("DELETE FROM stock_values WHERE volume % 100000 = 3")
         wait_until(lambda: mirror.rows() == database.rows(), 20)
-        names = {f"stock_values_{name}" for name in ("tickers", "candles", "history", "status")}
+        names = {STATUS, *(f"stock_values_{name}" for name in ("tickers", "candles", "history"))}
         assert mirror.tables.keys() == names | {"stock_values"}
         wait_until(lambda: all(map(mirror.table, names)), 60)
         assert server.health()["clickhouse"] == "up"
         assert "readonly" not in server.output
-        # The engine of the tests lets everybody read system tables, so look at what is read. If a
-        # poll reloads the window while rows are deleted, it is the next one that reads mutations.
-        tables = {name for name in GRANTED if "system" in name} | {"system.settings"}
-        find = re.compile(rb"system\.\w+").findall
-        wait_until(lambda: set(map(bytes.decode, find(b"".join(heads)))) == tables)
+        # The engine of the tests lets everybody read system tables, so look at what is read.
+        read = set(re.findall(rb"system\.(\w+)", b"".join(heads)))
+        assert read == {b"tables", b"columns", b"parts", b"settings"}
+        assert {f"system.{name.decode()}" for name in read - {b"settings"}} <= set(GRANTED)
         polls = [head for head in heads if b"_block_number" in head]
         assert polls
         if user != "readonly_1":  # whose requests can carry no settings
@@ -273,40 +268,35 @@ def work(*scripts):
 
 def test_the_proxy_of_the_environment_is_never_asked_for_this_machine(table, start):
     port, local = table.process.port, table.dsn.replace("127.0.0.1", "localhost")
+    a, b = (table.dsn.replace("127.0.0.1", name) for name in ("a.invalid", "b.invalid"))
     with http_proxy(port) as proxy, http_proxy(port) as explicit:
         address = f"http://127.0.0.1:{proxy.port}"
         upper = {"HTTP_PROXY": address, "NO_PROXY": "a.invalid"}
-        away = both(start, table.dsn.replace("127.0.0.1", "a.invalid"), **upper)
-        work(*both(start, table.dsn, **upper), *both(start, local, http_proxy=address))
-        # A proxy in the DSN wins.
-        option = f"?http_proxy=http://127.0.0.1:{explicit.port}"
-        work(*both(start, local + option, http_proxy=address))
+        option = f"?http_proxy=http://127.0.0.1:{explicit.port}"  # a proxy in the DSN wins
+        away = both(start, a, **upper)
+        works = both(start, table.dsn, **upper), both(start, local + option, http_proxy=address)
+        work(*works[0], *works[1])
         assert explicit.asked == {f"localhost:{port}"}
-        # NO_PROXY is kept. For other hosts the proxy is asked.
-        for script in away:
+        for script in away:  # NO_PROXY is kept
             script.wait_for("ClickHouse is away", 20)
         assert proxy.asked == set()
-        work(*both(start, table.dsn.replace("127.0.0.1", "b.invalid"), **upper))
+        work(*both(start, b, **upper))  # for other hosts the proxy is asked
         assert proxy.asked == {f"b.invalid:{port}"}
-        assert table.count() == 40
+        assert table.count() == 30
 
 
 @pytest.fixture
 def tls_context(tmp_path):
-    """A TLS server's context, with a certificate for localhost of the CA in ca.pem."""
+    """A TLS server's context, with a certificate for localhost, which signs itself: ca.pem."""
     if not shutil.which("openssl"):
         pytest.skip("openssl is not installed")
-    (tmp_path / "names").write_text("subjectAltName = DNS:localhost")
-    key = "-newkey rsa:2048 -nodes"
-    for command in (
-        f"req -x509 {key} -keyout ca.key -out ca.pem -days 2 -subj /CN=test-ca",
-        f"req {key} -keyout server.key -out server.csr -subj /CN=localhost",
-        "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out server.pem -days 2"
-        " -extfile names",
-    ):
-        subprocess.run(["openssl", *command.split()], cwd=tmp_path, check=True, capture_output=True)
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2"
+        " -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    )
+    subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "server.pem", tmp_path / "server.key")
+    context.load_cert_chain(tmp_path / "ca.pem", tmp_path / "ca.key")
     return context
 
 
@@ -321,8 +311,8 @@ def test_tls_on_any_port_and_a_certificate_that_does_not_verify(
         work(*both(start, f"{https}?{ca}", **env), *both(start, f"{secure}&{ca}", **env))
         assert table.count() == 20
         other_name = https.replace("localhost", "127.0.0.1")
-        for dsn in (https, secure, f"{other_name}?{ca}"):
-            script, server = both(start, dsn)
+        wrong = [both(start, dsn) for dsn in (https, f"{other_name}?{ca}")]
+        for script, server in wrong:
             assert script.wait(20) == 1
             server.wait_for("certificate")
             for lines in (script.lines, server.lines):
@@ -354,7 +344,8 @@ for arguments in json.loads(sys.argv.pop()):
 BAD_VALUES = {
     "perspective_server.py --port": "0 99999 -1 x ''",
     "perspective_server.py --interval": "0 -1 nan inf 1e9 soon ''",
-    "perspective_server.py --limit": "0 -5 1.5 1e9x 99999999999",
+    "perspective_server.py --limit": "0 -5 1.5 1e9x 1000001",
+    "perspective_server.py --table": "'' a.b.c .b a. '`a' 'server status'",
     "perspective_server.py --allow-origin": "null '*' example.com https://a.example/b ftp://a.example"
     " '' https:// http://a:b",
     "producer.py --interval": "0 -1 nan inf 1e9 soon",
@@ -407,11 +398,11 @@ def test_dsn_options_that_the_driver_does_not_take_end_both_scripts(start):
 
 
 def ends_at_once(script, text):
-    """Check that a script ends with status 1 and one line, which holds the text."""
+    """Check that a script ends with status 1, and says why in its last line."""
     assert script.wait() == 1, script.output
-    [line] = script.lines
-    assert line.startswith("perspective_server.py: ")
-    assert text in line
+    assert script.lines[-1].startswith("perspective_server.py: ")
+    assert text in script.lines[-1]
+    assert "Traceback" not in script.output
 
 
 def test_beginnings_that_fail_get_one_line_and_status_1(start, tmp_path):
@@ -434,6 +425,7 @@ def test_beginnings_that_fail_get_one_line_and_status_1(start, tmp_path):
         ]
         for script, text in scripts:
             ends_at_once(script, text)
+            assert len(script.lines) == 1 or "--embedded" in script.process.args
 
 
 # ---------------------------------------------------------------------------------------------
@@ -452,18 +444,16 @@ def said_goodbye(viewer):
 
 
 @pytest.mark.alone
-@SIGNALS
-def test_a_signal_before_clickhouse_is_there(start, number):
+def test_a_signal_before_clickhouse_is_there(start):
     server = start(Server, "--dsn", f"clickhouse://a:b@127.0.0.1:{free_port()}/test")
     viewer = start(Connection, server.url)
     server.wait_for("ClickHouse is away")
-    ends_well(server, number)
+    ends_well(server, signal.SIGINT)
     assert said_goodbye(viewer)
 
 
 @pytest.mark.alone
-@SIGNALS
-def test_a_signal_while_a_poll_hangs_and_a_viewer_reads_nothing(table, start, number):
+def test_a_signal_while_a_poll_hangs_and_a_viewer_reads_nothing(table, start):
     release = threading.Event()
     with Proxy(table.process.port) as proxy:
         dsn = table.process.dsn_of(table.name, port=proxy.port)
@@ -478,23 +468,18 @@ def test_a_signal_while_a_poll_hangs_and_a_viewer_reads_nothing(table, start, nu
         done = proxy.faults + 1
         proxy.stall()
         assert proxy.wait(done, 10)
-        ends_well(server, number)
+        ends_well(server, signal.SIGTERM)
         release.set()
         assert all(map(said_goodbye, viewers))
 
 
 @pytest.mark.alone
-@SIGNALS
-@pytest.mark.parametrize("phase", ["starts", "runs"])
-def test_a_signal_while_the_embedded_engine(start, tmp_path, phase, number):
-    port = free_port()
-    options = ["perspective_server.py", "--port", port, "--embedded"]
-    server = start(Script, *options, env={"TMPDIR": str(tmp_path)})
-    wait_until(lambda: list(tmp_path.iterdir()), 20)
-    if phase == "runs":
-        wait_until(start(Mirror, f"http://localhost:{port}").rows, 20)
-        assert "no table" not in server.output  # nothing is to be done about that here
-    ends_well(server, number)
+def test_a_closed_terminal_while_the_embedded_engine_runs(start, tmp_path):
+    options = ("--interval", 0.05, "--embedded")
+    server = start(Server, *options, env={"TMPDIR": str(tmp_path)})
+    wait_until(start(Mirror, server.url).rows, 20)
+    assert "no table" not in server.output  # nothing is to be done about that here
+    ends_well(server, signal.SIGHUP)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -530,24 +515,21 @@ def test_viewers_of_two_servers_behind_a_proxy_agree(table, start):
         batches = ["--batches", 10, "--rows", 500, "--interval", 0.1]
         assert start(Script, "producer.py", "--dsn", table.dsn, *batches).wait() == 0
         newest = table.rows("ORDER BY _block_number DESC, _block_offset DESC LIMIT 2000")
-        assert newest.total() == 2000
         wait_until(lambda: all(mirror.rows() == newest for mirror in mirrors), 20)
-        for name in ("stock_values_tickers", "stock_values_candles"):
 
-            def agree(name=name):
-                first, *others = [mirror.table(name) for mirror in mirrors]
-                return len(first) >= 13 and all(other == first for other in others)
+    def rollups():
+        """Tickers and candles as each mirror has them."""
+        names = ("stock_values_tickers", "stock_values_candles")
+        return [[mirror.table(name) for name in names] for mirror in mirrors]
 
-            wait_until(agree, 60)  # a rollup rests ten times as long as its run took
-
-    with Proxy(servers[0].port) as proxy, contextlib.ExitStack() as viewers:
+    with Proxy(servers[0].port) as proxy:
         for server in servers * 2:
             proxy.target_port = server.port
-            mirror = contextlib.closing(Mirror(f"http://localhost:{proxy.port}"))
-            mirrors.append(viewers.enter_context(mirror))
+            mirrors.append(start(Mirror, f"http://localhost:{proxy.port}"))
             wait_until(lambda: mirrors[-1].snapshots, 20)
         assert [server.health()["viewers"] for server in servers] == [2, 2]
         produce()
+        wait_until(lambda: rollups()[0][1] and rollups().count(rollups()[0]) == 4, 60)
         servers[1].kill()
         proxy.target_port = servers[0].port
         wait_until(lambda: servers[0].health()["viewers"] == 4, 20)
