@@ -322,18 +322,16 @@ def viewers(clickhouse, sizes):
             viewers.take()
             [share] = shares(8, [server.process.pid])
             rates = [len(deltas) / 8 for deltas in viewers.take()]
-            goal = {
-                200: target(">= 3.8, <= 70 %", min(rates) >= 3.8 and share <= 0.7),
-                500: target(">= half of the fastest", min(rates) >= max(rates) / 2),
-            }.get(size, "")
+            met = min(rates) >= 3.8 and share <= 0.7
+            goal = target(">= 3.8, <= 70 %", met) if size == 200 else ""
             figures = f"{min(rates):.1f}", f"{share:.0%}", f"{server.memory():.0f} MB"
             row(f"{size:,}", *figures, goal)
 
 
 def time_of_next_history(client):
-    """Wait for the next run of the history; return for how many s it was among ClickHouse's queries.
+    """Wait for the next run of the history; return how long ClickHouse was at its query, in s.
 
-    The server logs no queries, and a viewer sees only that two runs are at least 30 s apart.
+    ClickHouse's list of running queries tells: viewers see only that two runs are 30 s apart.
     """
     took = 0
     while True:
@@ -429,7 +427,7 @@ def open_page(context, url, rows=WINDOW):
     """Open a page, and wait until the grid of the newest ticks has all rows."""
     tab = context.new_page()
     tab.goto(url)
-    wait_until(lambda: tab.evaluate(WINDOW_ROWS) == rows, 60, "the window")
+    wait_until(lambda: tab.evaluate(WINDOW_ROWS) == rows, 120, "the window")
     return tab
 
 
@@ -597,7 +595,7 @@ def main():
     if not sections.keys() >= set(options.sections):
         parser.error(f"there are the sections {', '.join(sections)}")
     given = {
-        "viewers": [[1, 10, 50, 200, 500] + [1000] * options.thousand],
+        "viewers": [[1, 200] + [1000] * options.thousand],
         "growth": [options.sizes],
         "hours": [options.minutes],
     }
