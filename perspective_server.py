@@ -80,6 +80,7 @@ class Metadata(NamedTuple):
     patch: int  # block of the newest patch part, which is what a lightweight UPDATE writes
     head: int  # the newest insert block
     rows: int  # in all parts
+    hidden: int  # whether some of them were deleted by a lightweight DELETE, and wait for a merge
 
 
 # Some database engines give tables no UUID. A mutation takes a block number, which becomes the
@@ -94,6 +95,7 @@ SELECT
     maxIf(max_block_number, is_patch) AS patch,
     max(max_block_number) AS head,
     sumIf(parts.rows, NOT is_patch) AS rows,
+    max(has_lightweight_delete) AS hidden,
     sumIf(parts.rows, NOT is_patch AND min_block_number > {cursor}) AS added,
     toUnixTimestamp64Milli(now64(3)) AS clock_ms
 FROM (SELECT *, name LIKE 'patch-%' AS is_patch FROM system.parts
@@ -186,13 +188,13 @@ class Tail:
         """Return the metadata, and how many rows are in parts that are newer than the cursor."""
         cursor = self.metadata.head if self.metadata else 0
         [row] = self.query(METADATA_SQL.format(**self.names, cursor=cursor))
-        definition, _, rewritten, patch, head, rows, added, clock_ms = row
+        definition, _, rewritten, patch, head, rows, hidden, added, clock_ms = row
         if definition is None:
             self.query(f"EXISTS TABLE {self.source}")  # raises if the user may not see it
             raise TableMissingError
         self.health.compare_clocks(clock_ms)
         self.settings = WITH_PATCHES if patch else {}
-        return Metadata(definition, rewritten, patch, head, rows), added
+        return Metadata(definition, rewritten, patch, head, rows, hidden), added
 
     def only_inserts(self, now):
         """Return whether nothing but the head and the number of rows differs."""
@@ -248,7 +250,7 @@ class Tail:
         count, newest = self.relay.measure_table(self.table, self.time_column)
         self.health.rows = 0
         self.move_cursor(now, count, newest)
-        self.check_window(count, min(now.rows, self.limit))
+        self.check_window(count, 0 if now.hidden else min(now.rows, self.limit))
 
     def find_window(self, now):
         """Return the blocks in which the window is.
