@@ -64,8 +64,8 @@ log = logging.getLogger("perspective_server")
 # 1. Nothing is different: done.
 # 2. Only the head and the number of rows are different: the newest rows are read. If as many came
 #    as the parts grew by, nothing but inserts happened, and Perspective gets these rows.
-# 3. Otherwise the window, which is the newest `limit` rows, is read anew and replaces what is
-#    there, at most once a second.
+# 3. Otherwise the window is reloaded, at most once a second: the newest `limit` rows replace what
+#    is there.
 #
 # The live table is a ring: the row with the number `arrival` takes the slot `arrival % limit`, and
 # with it the place of the oldest row. The slot is the index, so that changes, replacements and
@@ -75,7 +75,7 @@ log = logging.getLogger("perspective_server")
 class Metadata(NamedTuple):
     """What ClickHouse's system tables say of the table."""
 
-    definition: int  # hash of CREATE TABLE and of the UUID, which a recreated table has anew
+    definition: int  # hash of CREATE TABLE, and of the UUID, which tells a recreated table
     rewritten: tuple  # newest version of the parts that mutations wrote, and how many are older
     patch: int  # block of the newest patch part, which is what a lightweight UPDATE writes
     head: int  # the newest insert block
@@ -522,32 +522,38 @@ def shown_name(name):
     return f"{name}_" if reserved else name
 
 
-def select_safely(name, kind):
-    """Return SQL that selects a column of `t` as a value that Perspective takes."""
-    column = original = f"t.{quote_identifier(name)}"
+# By the ClickHouse type, without Nullable and LowCardinality; every other type becomes a string.
+VALUE_SQL = {
+    r"Bool|U?Int(8|16|32)\b": "{0}",
+    r"Date(32)?\b": "toDate32({0})",  # ClickHouse before 26.2 writes a Date as a number
+    r"DateTime": "toDateTime64({0}, 3, 'UTC')",
+    r"Float": "if(isFinite({0}), {0}, NULL)",
+    r"BFloat|Decimal": "if(isFinite(toFloat64({0})), toFloat64({0}), NULL)",
+}
+
+
+def value_sql(kind):
+    """Return SQL for a value of a ClickHouse type that Perspective has, too, or None."""
     plain = re.sub(r"(Nullable|LowCardinality|SimpleAggregateFunction)\((\w+, )?", "", kind)
-    if "LowCardinality" in kind:
-        # Perspective crashes on a dictionary of anything but strings; `if` makes a plain column.
-        column = f"if(1, {column}, NULL)"
-    if re.match(r"Date(32)?\b", plain):
-        value = f"toDate32({column})"  # ClickHouse before 26.2 writes a Date as a number
-    elif re.match(r"Bool|U?Int(8|16|32)\b", plain):
-        value = column
-    elif plain.startswith("DateTime"):
-        value = f"toDateTime64({column}, 3, 'UTC')"
-    elif plain.startswith(("Float", "BFloat", "Decimal")):
-        number = column if plain.startswith("Float") else f"toFloat64({column})"
-        value = f"if(isFinite({number}), {number}, NULL)"
-    else:
-        value = f"toLowCardinality({STRING_SQL.format(original)})"  # a repeated string comes once
-    return f"{value} AS {quote_identifier(shown_name(name))}"
+    return next((sql for types, sql in VALUE_SQL.items() if re.match(types, plain)), None)
 
 
 def is_unbounded_string(kind):
     """Return whether a column of this type is shown as strings, of which there may be many."""
-    if re.match(r"LowCardinality|(Nullable\()?(Enum|Bool)", kind):
-        return False
-    return "toLowCardinality" in select_safely("", kind)
+    return value_sql(kind) is None and not re.match(r"LowCardinality|(Nullable\()?Enum", kind)
+
+
+def select_safely(name, kind):
+    """Return SQL that selects a column of `t` as a value that Perspective takes."""
+    column, sql = f"t.{quote_identifier(name)}", value_sql(kind)
+    if sql is None:
+        value = f"toLowCardinality({STRING_SQL.format(column)})"  # a repeated string comes once
+    elif "LowCardinality" in kind:
+        # Perspective crashes on a dictionary of anything but strings; `if` makes a plain column.
+        value = sql.format(f"if(1, {column}, NULL)")
+    else:
+        value = sql.format(column)
+    return f"{value} AS {quote_identifier(shown_name(name))}"
 
 
 # Perspective never frees a string. So the tables are recreated when the strings that came since
@@ -633,7 +639,7 @@ class Relay:
                 self.lock.release()
 
     def host(self, live, rows, rollups):
-        """Make all tables anew but the status: those of the rollups, then the live one.
+        """Recreate all tables but the status: those of the rollups, then the live one.
 
         A viewer who sees the live table sees all. Viewers of earlier tables are disconnected, as
         their mirrors are out of date; they come back.
