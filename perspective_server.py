@@ -988,10 +988,10 @@ ROLLUPS = [
         | {"ticks": "float", "last_tick": "datetime"},
         interval=30,
         step=f"""
-        SELECT arrayFirst(
+        SELECT greatest(1, arrayFirst( -- 0 in an empty table
             seconds -> dateDiff('ms', {OLDEST_SQL}, {NEWEST_SQL}) < seconds * 160000, -- 160 steps
             [1, 5, 15, 60, 300, 900, 3600, 14400, 86400, 604800, 2592000, 7776000, 31536000]
-        ) * 1000""",
+        )) * 1000""",
         sql=f"""
         SELECT
             if(other, concat('others ', number),
@@ -1077,10 +1077,11 @@ class RollupThread:
         # After anything but inserts, and for another step, all rows are computed.
         inserts_only = version[0] == self.version[0] and step == self.step and step is not None
         partial = inserts_only and table is self.table and not self.source
-        names, rows = self.query(self.rollup.sql, step, self.version[1] if partial else None)
-        if [*names] != [*self.rollup.columns]:  # Perspective would ignore the others
-            declared = ", ".join(self.rollup.columns)
-            raise TableMismatchError(f"its SQL gives {', '.join(names)}, and not {declared}")
+        found, rows = self.query(self.rollup.sql, step, self.version[1] if partial else None)
+        names = [*self.rollup.columns]
+        if rows and [*found] != names:  # Perspective would ignore the others
+            declared = ", ".join(names)
+            raise TableMismatchError(f"its SQL gives {', '.join(found)}, and not {declared}")
         rows = {row[0]: row for row in rows}
         if partial:  # the steps that came replace those that were there
             time_at = names.index("time")
