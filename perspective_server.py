@@ -380,7 +380,8 @@ class Tail:
             else:
                 if self.metadata:  # otherwise the window is read soon
                     self.health.report("up", f"following {self.database}.{self.table}")
-                pause, idle = 0, not self.relay.viewers
+                    pause = 0
+                idle = not self.relay.viewers
                 wait = began - time.monotonic() + max(self.interval, IDLE_INTERVAL * idle)
             self.health.polled(time.monotonic() - began, wait)
             self.wake.wait(max(0, wait))
