@@ -117,8 +117,12 @@ SETTINGS = dict.fromkeys((f"{name}_overflow_mode" for name in OVERFLOWS), "throw
     "max_result_rows": 0,
     "limit": 0,
     "offset": 0,
+    "force_primary_key": 0,
+    "force_index_by_date": 0,
     "use_query_cache": 0,
     "prefer_column_name_to_alias": 0,
+    "aggregate_functions_null_for_empty": 0,
+    "empty_result_for_aggregation_by_empty_set": 0,
     "log_queries": 0,
     "output_format_arrow_string_as_string": 1,
     "output_format_arrow_low_cardinality_as_dictionary": 1,
@@ -376,7 +380,8 @@ class Tail:
             else:
                 if self.metadata:  # otherwise the window is read soon
                     self.health.report("up", f"following {self.database}.{self.table}")
-                pause, idle = 0, not self.relay.viewers
+                    pause = 0
+                idle = not self.relay.viewers
                 wait = began - time.monotonic() + max(self.interval, IDLE_INTERVAL * idle)
             self.health.polled(time.monotonic() - began, wait)
             self.wake.wait(max(0, wait))
@@ -994,10 +999,10 @@ ROLLUPS = [
         | {"ticks": "float", "last_tick": "datetime"},
         interval=30,
         step=f"""
-        SELECT arrayFirst(
+        SELECT greatest(1, arrayFirst( -- 0 in an empty table
             seconds -> dateDiff('ms', {OLDEST_SQL}, {NEWEST_SQL}) < seconds * 160000, -- 160 steps
             [1, 5, 15, 60, 300, 900, 3600, 14400, 86400, 604800, 2592000, 7776000, 31536000]
-        ) * 1000""",
+        )) * 1000""",
         sql=f"""
         SELECT
             if(other, concat('others ', number),
@@ -1083,10 +1088,11 @@ class RollupThread:
         # After anything but inserts, and for another step, all rows are computed.
         inserts_only = version[0] == self.version[0] and step == self.step and step is not None
         partial = inserts_only and table is self.table and not self.source
-        names, rows = self.query(self.rollup.sql, step, self.version[1] if partial else None)
-        if [*names] != [*self.rollup.columns]:  # Perspective would ignore the others
-            declared = ", ".join(self.rollup.columns)
-            raise TableMismatchError(f"its SQL gives {', '.join(names)}, and not {declared}")
+        found, rows = self.query(self.rollup.sql, step, self.version[1] if partial else None)
+        names = [*self.rollup.columns]
+        if rows and [*found] != names:  # Perspective would ignore the others
+            declared = ", ".join(names)
+            raise TableMismatchError(f"its SQL gives {', '.join(found)}, and not {declared}")
         rows = {row[0]: row for row in rows}
         if partial:  # the steps that came replace those that were there
             time_at = names.index("time")

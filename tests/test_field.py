@@ -85,7 +85,7 @@ def test_clocks_that_differ_by_100_seconds(table, start, tmp_path, seconds):
     changes = {"time.time()": f"(time.time() + {seconds})"}
     server, [mirror] = follow(start, table.dsn, script=changed_server(tmp_path, changes))
     table.insert(50, at=now_ms() + max(0, seconds) * 1000)
-    wait_until(lambda: rollups_came(mirror), 30, "the rollups")
+    wait_until(lambda: rollups_came(mirror), 60, "the rollups")
     ticks = [row["ticks"] for row in mirror.table("stock_values_history").values()]
     assert sum(ticks) == 50
     assert server.output.count("clock") == 1
@@ -133,14 +133,16 @@ def test_what_is_no_name_of_a_table(start, name):
 
 PROFILES = {
     "old": {"compatibility": "24.2"},
-    "cut": {"max_result_rows": 1000, "result_overflow_mode": "break", "limit": 10, "offset": 5},
+    "cut": {"max_result_rows": 1000, "result_overflow_mode": "break", "max_block_size": 500},
     "odd": {
         "prefer_column_name_to_alias": 1,
-        "use_query_cache": 1,
+        "force_primary_key": 1,
         "aggregate_functions_null_for_empty": 1,
         "session_timezone": "Asia/Kolkata",
     },
-    "bound": {"readonly": 1, "max_result_rows": 1000, "result_overflow_mode": "break"},
+    "bound": {"max_result_rows": 1000, "result_overflow_mode": "break", "max_block_size": 500}
+    | {"readonly": 1},
+    "refused": {"readonly": 1, "max_rows_to_sort": 100},
 }
 
 
@@ -162,8 +164,8 @@ def test_a_profile_changes_nothing(profiles, start, user):
     for rows in (3000, 50):
         database.insert(rows)
         wait_until(lambda: mirror.rows() == database.rows(), 20, "all rows")
-    wait_until(lambda: rollups_came(mirror), 30, lambda: server.output)
-    assert mirror.updates["stock_values"] <= 2
+    wait_until(lambda: rollups_came(mirror), 60, lambda: server.output)
+    assert mirror.updates["stock_values"] <= 2, server.output
     assert "reloaded" not in server.output and "failed" not in server.output
 
 
@@ -173,15 +175,28 @@ def test_a_limit_that_the_user_may_not_lift_is_said_once_and_followed(profiles, 
     database.insert(3000)
     server, [mirror] = follow(start, profiles.dsn_of(database.name, "bound"))
     server.wait_for("max_result_rows")
-    reloads = mirror.updates["stock_values"]
+    updates = []
     for _ in range(3):
         received = mirror.received.total()
         database.insert(20)
         wait_until(lambda seen=received: mirror.received.total() >= seen + 20, 20, "new rows")
         time.sleep(1.2)  # longer than the pause between two readings of the window
-    assert mirror.updates["stock_values"] == reloads + 3
-    assert server.output.count("max_result_rows") == 1
-    assert "reloaded" not in server.output
+        updates.append(mirror.updates["stock_values"])
+    assert updates[2] == updates[0] + 2
+    for text in ("max_result_rows", "reloaded"):  # it is read a second time, to be sure
+        assert server.output.count(text) == 1
+
+
+def test_a_query_that_is_refused_again_and_again_is_said_once(profiles, start):
+    database = Database(profiles)
+    database.create_table()
+    database.insert(3000)
+    dsn = profiles.dsn_of(database.name, "refused")
+    server = start(Server, "--dsn", dsn, "--interval", 0.05)
+    server.wait_for("refuses the query (error 396)")
+    time.sleep(3)  # time for two more attempts
+    assert server.health()["clickhouse"] == "down"
+    assert len(server.lines) == 3, server.output
 
 
 # ---------------------------------------------------------------------------------------------
@@ -211,7 +226,7 @@ def test_materialized_and_alias_columns_are_enough_for_the_rollups(database, sta
     )
     _, [mirror] = follow(start, database.dsn, "--table", "odd", live="odd")
     database.client.command(f"INSERT INTO {full} (* ) VALUES ({now_ms() / 1000}, 'A', 187.79)")
-    wait_until(lambda: rollups_came(mirror), 30, "the rollups")
+    wait_until(lambda: rollups_came(mirror), 60, "the rollups")
     [row] = mirror.table("odd_history").values()
     assert (row["ticker"], row["client"], row["close"], row["volume"]) == ("A", "Homer", 187.79, 7)
 
