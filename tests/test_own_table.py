@@ -55,16 +55,22 @@ SCHEMAS = {
         "fixing": ("Date32", DAY, "toDate32('1925-01-01') + n"),
         "size": ("Int32", PLAIN, "n * 1000 - 5000"),
     },
-    "logs": {
+    "logs and events": {
         "Timestamp": ("DateTime64(9)", TIME, f"toDateTime64({HOUR}, 9) + 0.123456789"),
         "TraceId": ("String CODEC(ZSTD(1))", TEXT, "lower(hex(MD5(toString(n))))"),
         "SeverityText": ("Enum8('INFO' = 1, 'it''s bad' = -2)", TEXT, "[1, -2][n % 2 + 1]"),
-        "ServiceName": ("LowCardinality(String)", TEXT, "'api'"),
         "Body": ("String", TEXT, "if(n % 3 = 0, '', 'GET /' || char(10) || 'é 漢字')"),
         "Resource": ("Map(LowCardinality(String), String)", TEXT, "map('k', toString(n))"),
         "Duration": ("Int64", TEXT, "-9007199254740993 - n"),
         "Events": ("Array(DateTime64(9))", TEXT, "[Timestamp, Timestamp]"),
         "Links": ("Array(Map(String, String))", TEXT, "[map('a', 'b'), map()]"),
+        "id": ("UUID", TEXT, "reinterpretAsUUID(MD5(toString(n)))"),
+        "address": ("IPv6", TEXT, "toIPv6('2001:db8::') "),
+        "gateway": ("IPv4", TEXT, "toIPv4(3232235520 + n)"),
+        "properties": ("JSON", TEXT, """'{"page": {"id": 1}, "tags": ["a", "b"]}'"""),
+        "day": ("Date", DAY, "toDate('2024-06-01') + n"),
+        "place": ("Tuple(x Float64, name String)", TEXT, "(n / 4, 'it''s')"),
+        "value": ("Variant(UInt64, String)", TEXT, "toString(n)"),
     },
     "sensors": {
         "time": ("DateTime", TIME, HOUR),
@@ -80,36 +86,23 @@ SCHEMAS = {
         "calibrated": ("Nullable(DateTime)", TIME, "if(n % 2, NULL, time)"),
         "half": ("BFloat16", NUMBER, "n / 2"),
     },
-    "events": {
-        "id": ("UUID", TEXT, "reinterpretAsUUID(MD5(toString(n)))"),
-        "address": ("IPv6", TEXT, "toIPv6('2001:db8::') "),
-        "gateway": ("IPv4", TEXT, "toIPv4(3232235520 + n)"),
-        "signed_in": ("Bool", PLAIN, "n % 2"),
-        "properties": ("JSON", TEXT, """'{"page": {"id": 1}, "tags": ["a", "b"]}'"""),
-        "day": ("Date", DAY, "toDate('2024-06-01') + n"),
-        "place": ("Tuple(x Float64, name String)", TEXT, "(n / 4, 'it''s')"),
-        "value": ("Variant(UInt64, String)", TEXT, "toString(n)"),
-    },
     "crypto trades": {
         "id": ("UInt64", TEXT, "[9007199254740993, 18446744073709551615, 0][n % 3 + 1]"),
-        "maker": ("Int64", TEXT, "-9223372036854775808 + n"),
         "time": ("DateTime64(6, 'UTC')", TIME, f"toDateTime64({HOUR}, 6) + 0.654321"),
         "side": ("Enum16('buy' = 1, 'sell' = 2)", TEXT, "n % 2 + 1"),
         "price": ("Decimal128(18)", NUMBER, "toDecimal128('67123.123456789012345678', 18) + n"),
         "fee": ("Decimal(76, 20)", NUMBER, "n / 8"),
         "supply": ("UInt256", TEXT, "toUInt256('1157920892373161954235709850086879') + n"),
-        "order": ("Nullable(Int128)", TEXT, "if(n % 2, NULL, -1)"),
-        "nonce": ("Nullable(UInt64)", TEXT, "if(n % 2, NULL, 18446744073709551615)"),
-    },
-    "web hits": {
         "url": ("String", UTF8, "'https://example.com/?q=' || unhex('FFE9') || toString(n)"),
         "country": ("FixedString(2)", TEXT, "['DE', 'J'][n % 2 + 1]"),
         "digest": ("FixedString(4)", UTF8, "toFixedString(unhex('00FF4100'), 4)"),
         "params.key": ("Array(String)", TEXT, "['a', 'it''s']"),
         "params.value": ("Array(Nullable(UInt64))", TEXT, "[1, NULL]"),
-        "status": ("UInt16", PLAIN, "200 + n"),
         "took": ("Time64(3)", TEXT, "toTime64(n, 3)"),
         "position": ("Point", TEXT, "(n, 1.5)"),
+        "status": ("UInt16", PLAIN, "200 + n"),
+        "order": ("Nullable(Int128)", TEXT, "if(n % 2, NULL, -1)"),
+        "nonce": ("Nullable(UInt64)", TEXT, "if(n % 2, NULL, 18446744073709551615)"),
     },
     "a hundred columns": {
         f"column_{i}": [
@@ -159,7 +152,7 @@ SCHEMAS = {
 }
 PARTITIONS = {
     "foreign exchange": "PARTITION BY toYYYYMM(time)",
-    "logs": "PARTITION BY toDate(Timestamp)",
+    "logs and events": "PARTITION BY toDate(Timestamp)",
 }
 
 
