@@ -244,6 +244,9 @@ def test_rows_of_any_schema_arrive_once_through_inserts_merges_mutations_and_an_
         source.run(f"OPTIMIZE TABLE {source.full_name} FINAL")
     source.agree(mirror)
     assert (sum(mirror.received.values()), mirror.snapshots, mirror.removals) == (30, 1, 0)
+    said = server.health()
+    assert (said["table"], said["rows"], said["delivered"]) == ("trades", LIMIT, 50)
+    assert (said["lag_ms"] is None) == ("timestamp" not in source.columns)
 
     *_, updated, renamed, dropped = source.columns
     value = re.sub(r"\bn\b", "(n + 1)", SCHEMAS[name][updated][2])

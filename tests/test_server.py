@@ -125,15 +125,6 @@ def test_the_figures_of_health(table, start):
         wait_for_report(server, mirror, viewers=3)
     wait_for_report(server, mirror, viewers=1)
 
-    table.command(
-        f"CREATE TABLE {table.name}.plain (n UInt32) ENGINE = MergeTree ORDER BY n"
-        " SETTINGS enable_block_number_column = 1, enable_block_offset_column = 1"
-    )
-    table.command(f"INSERT INTO {table.name}.plain SELECT number FROM numbers(7)")
-    server = start(Server, *options, "--table", "plain")
-    mirror = start(Mirror, server.url, STATUS)
-    wait_for_report(server, mirror, clickhouse="up", table="plain", rows=7, lag_ms=None)
-
 
 @pytest.mark.alone
 def test_the_status_comes_once_a_second_and_at_each_change_of_state(table, start):
