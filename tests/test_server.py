@@ -125,15 +125,6 @@ def test_the_figures_of_health(table, start):
         wait_for_report(server, mirror, viewers=3)
     wait_for_report(server, mirror, viewers=1)
 
-    table.command(
-        f"CREATE TABLE {table.name}.plain (n UInt32) ENGINE = MergeTree ORDER BY n"
-        " SETTINGS enable_block_number_column = 1, enable_block_offset_column = 1"
-    )
-    table.command(f"INSERT INTO {table.name}.plain SELECT number FROM numbers(7)")
-    server = start(Server, *options, "--table", "plain")
-    mirror = start(Mirror, server.url, STATUS)
-    wait_for_report(server, mirror, clickhouse="up", table="plain", rows=7, lag_ms=None)
-
 
 @pytest.mark.alone
 def test_the_status_comes_once_a_second_and_at_each_change_of_state(table, start):
@@ -506,31 +497,18 @@ def test_embedded_keeps_every_row_even_when_killed(start, tmp_path):
         assert rows <= Database(process, "test").rows()
 
 
-def test_viewers_of_two_servers_behind_a_proxy_agree(table, start):
-    """The proxy spreads viewers over the servers; those of one that ends go to the other."""
+def test_viewers_of_two_servers_agree(table, start):
+    table.insert(100)
     servers = [start(Server, "--dsn", table.dsn, "--limit", 2000) for _ in range(2)]
-    mirrors = []
+    mirrors = [start(Mirror, server.url) for server in servers]
+    batches = ["--batches", 10, "--rows", 500, "--interval", 0.1]
+    assert start(Script, "producer.py", "--dsn", table.dsn, *batches).wait() == 0
+    newest = table.rows("ORDER BY _block_number DESC, _block_offset DESC LIMIT 2000")
+    wait_until(lambda: all(mirror.rows() == newest for mirror in mirrors), 20)
 
-    def produce():
-        batches = ["--batches", 10, "--rows", 500, "--interval", 0.1]
-        assert start(Script, "producer.py", "--dsn", table.dsn, *batches).wait() == 0
-        newest = table.rows("ORDER BY _block_number DESC, _block_offset DESC LIMIT 2000")
-        wait_until(lambda: all(mirror.rows() == newest for mirror in mirrors), 20)
-
-    def rollups():
-        """Tickers and candles as each mirror has them."""
+    def agree():
         names = ("stock_values_tickers", "stock_values_candles")
-        return [[mirror.table(name) for name in names] for mirror in mirrors]
+        one, other = [[mirror.table(name) for name in names] for mirror in mirrors]
+        return len(one[0]) > 10 and one == other
 
-    with Proxy(servers[0].port) as proxy:
-        for server in servers * 2:
-            proxy.target_port = server.port
-            mirrors.append(start(Mirror, f"http://localhost:{proxy.port}"))
-            wait_until(lambda: mirrors[-1].snapshots, 20)
-        assert [server.health()["viewers"] for server in servers] == [2, 2]
-        produce()
-        wait_until(lambda: rollups()[0][1] and rollups().count(rollups()[0]) == 4, 60)
-        servers[1].kill()
-        proxy.target_port = servers[0].port
-        wait_until(lambda: servers[0].health()["viewers"] == 4, 20)
-        produce()
+    wait_until(agree, 60)

@@ -424,21 +424,7 @@ MISFITS = {  # a change, what is said about it, and the change that takes it bac
 }
 
 
-def test_a_table_that_does_not_fit_is_refused_in_one_line(clickhouse, start):
-    scripts = []
-    for change in MISFITS:
-        database = start(Database, clickhouse)
-        database.create_table()
-        database.command(f"{ALTER} {change}")
-        options = ("--dsn", database.dsn, "--port", free_port())
-        scripts.append(start(Script, "perspective_server.py", *options))
-    for script, (problem, _) in zip(scripts, MISFITS.values(), strict=True):
-        assert script.wait() == 1
-        [line] = script.lines[2:]  # after what it follows, and where
-        assert problem in line
-
-
-def test_a_table_that_does_not_fit_later_on_is_said_once_and_waited_for(table, start):
+def test_a_table_that_does_not_fit_is_refused_at_the_start_and_later_waited_for(table, start):
     table.insert(100)
     server, [mirror] = follow(start, table.dsn)
     rows = agree(table, [mirror])
@@ -454,6 +440,10 @@ def test_a_table_that_does_not_fit_later_on_is_said_once_and_waited_for(table, s
         server.wait_for(problem)
         wait_for_state(server, "no table")
         assert arrived(mirror) == rows
+        late = start(Script, "perspective_server.py", "--dsn", table.dsn, "--port", free_port())
+        assert late.wait() == 1
+        [line] = late.lines[2:]  # after what it follows, and where
+        assert problem in line
         table.command(f"{ALTER} {undo}")
         rows = comes_back()
         assert server.output.count(problem) == said + 1
@@ -469,19 +459,6 @@ def test_a_table_that_does_not_fit_later_on_is_said_once_and_waited_for(table, s
 
 # ---------------------------------------------------------------------------------------------
 # Failures.
-
-
-def test_a_table_that_is_dropped_just_as_the_server_starts_is_waited_for(table, start):
-    with Proxy(table.process.port) as proxy:
-        dsn = table.process.dsn_of(table.name, port=proxy.port)
-        proxy.delay(2, when=lambda request: b"system.columns" in request, times=1)
-        server, [mirror] = follow(start, dsn, complete=False)
-        assert proxy.wait(1, 30)
-        table.command(DROP)
-        wait_for_state(server, "no table")
-        table.create_table()
-        table.insert(10)
-        agree(table, [mirror])
 
 
 def test_clickhouse_the_server_and_a_producer_are_killed(tmp_path, start):
