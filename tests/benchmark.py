@@ -28,10 +28,9 @@ import perspective
 import pyarrow
 from browser import VIEWER, launched
 from clickhouse_http import ClickHouseProcess
-from conftest import Connection, Database, Script, Server, wait_until
+from conftest import Connection, Database, Script, Server, connect, wait_until
 from perspective.handlers.tornado import PerspectiveTornadoHandler
 from tornado.web import Application
-from tornado.websocket import websocket_connect
 
 import producer
 
@@ -169,7 +168,7 @@ class Viewers:
     """Viewers on an event loop in a thread. They only note what comes."""
 
     def __init__(self, url, size=1):
-        self.address = f"ws{url.removeprefix('http')}/websocket"
+        self.url = url
         self.arrivals = collections.defaultdict(list)  # of rows, at the first viewer, by table
         self.snapshot = 0  # bytes of the live table's largest message, which is the whole window
         self.deltas = []  # by viewer, of the live table: (when, numbers)
@@ -188,7 +187,7 @@ class Viewers:
     async def start(self):
         number = len(self.deltas)
         self.deltas.append([])
-        socket = await websocket_connect(self.address, max_message_size=1 << 30)
+        socket, client = await connect(self.url)
 
         def note(name, arrow):
             if number == 0 and decoded(arrow).num_rows:
@@ -198,14 +197,10 @@ class Viewers:
                 numbers = decoded(arrow).column("volume").to_numpy()
                 self.deltas[number].append((time.time(), numbers))
 
-        async def send(message):
-            await socket.write_message(bytes(message), binary=True)
-
         async def receive():
             while (message := await socket.read_message()) is not None:
                 await client.handle_response(message)
 
-        client = perspective.AsyncClient(send)
         socket.receiving = asyncio.ensure_future(receive())  # asyncio keeps no reference
         await mirror(client, note)
 
