@@ -905,17 +905,21 @@ class Rollup(NamedTuple):
     `columns` are Perspective's types by name; the first column is the index, with one row for each
     value. In the SQL, {source} stands for the ClickHouse table, {ticks} for the ticks with a
     plausible time, with the columns of TICKS_SQL, and {recent} for the last five minutes of them.
-    It runs when rows have changed, at most every `interval` seconds. With `step`, which is SQL for
-    a number of ms, {step} is that number, and after inserts {ticks} are only those of the steps
-    that have new ticks; the SQL gives a column `time`, the beginning of the step. Cast integers of
-    64 bits by toFloat64, and dates and times to DateTime64(3).
+    It runs when rows have changed, at most every `interval` seconds. Cast integers of 64 bits by
+    toFloat64, and dates and times to DateTime64(3).
+
+    Rows of steps of time need not be computed again and again. `step` is their length in ms, or SQL
+    for it; then {step} is this number, and `time`, a column, is the beginning of the step. After
+    inserts, {ticks} and {recent} are only those of the steps that have new ticks, and rows that are
+    older than the newest by more than `span` ms are removed.
     """
 
     name: str
     columns: dict
     sql: str
     interval: float
-    step: str = None
+    step: int | str = None
+    span: float = math.inf
 
 
 # Rollups contain the ticks from the year 2000 to one minute in the future, by the later of the two
@@ -961,10 +965,11 @@ OHLCV_COLUMNS = """toFloat64(toString(argMin(t.open, t.arrival))) AS open,
             toFloat64(toString(argMax(t.close, t.arrival))) AS close,
             sum(t.volume) AS volume"""
 OHLCV_TYPES = dict.fromkeys(("open", "high", "low", "close", "volume"), "float")
-# Each rollup has at most 20,000 rows: the tickers with the most volume, and in the history the 120
-# largest pairs of ticker and client of each step, of which there are at most 161; the others are
-# added up. Perspective never frees a string, so keys are reused after 256 steps. In the history the
+# The size of a rollup is bounded: the tickers with the most volume come first, and in the history
+# the 120 largest pairs of ticker and client of each step, of which there are at most 161; the others
+# are added up. Perspective never frees a string, so keys are reused after 256 steps. In the history the
 # ticker's length comes first, so that "A 1" + "2" and "A" + "1 2" get different keys.
+MAX_ROWS = 20_000
 ROLLUPS = [
     Rollup(
         "tickers",
@@ -975,22 +980,23 @@ ROLLUPS = [
         SELECT ticker, close AS last, (close - open) / nullIf(abs(open), 0) AS change,
             high, low, volume
         FROM (SELECT t.ticker AS ticker, {OHLCV_COLUMNS} FROM {{recent}} GROUP BY t.ticker)
-        ORDER BY volume DESC, ticker LIMIT 20000""",
+        ORDER BY volume DESC, ticker LIMIT {MAX_ROWS}""",
     ),
     Rollup(
         "candles",
         columns={"key": "string", "time": "datetime", "ticker": "string"} | OHLCV_TYPES,
         interval=1,
+        step=2000,
+        span=300_000,
         sql=f"""
-        WITH 2000 AS step
         SELECT
-            concat(t.ticker, ' ', toString(intDiv(t.ms, step) % 256)) AS key,
-            fromUnixTimestamp64Milli(intDiv(t.ms, step) * step, 'UTC') AS time,
+            concat(t.ticker, ' ', toString(intDiv(t.ms, {{step}}) % 256)) AS key,
+            fromUnixTimestamp64Milli(intDiv(t.ms, {{step}}) * {{step}}, 'UTC') AS time,
             t.ticker AS ticker,
             {OHLCV_COLUMNS}
         FROM {{recent}}
-        GROUP BY t.ticker, intDiv(t.ms, step)
-        ORDER BY sum(volume) OVER (PARTITION BY ticker) DESC, ticker, time DESC LIMIT 20000""",
+        GROUP BY t.ticker, intDiv(t.ms, {{step}})
+        ORDER BY sum(volume) OVER (PARTITION BY ticker) DESC, ticker, time DESC LIMIT {MAX_ROWS}""",
     ),
     Rollup(
         "history",
@@ -1084,22 +1090,30 @@ class RollupThread:
                 self.tail.dsn, send_receive_timeout=ROLLUP_TIMEOUT, settings=settings
             )
         version = self.tail.version
-        step = self.query(self.rollup.step)[1][0][0] if self.rollup.step else None
-        # After anything but inserts, and for another step, all rows are computed.
-        inserts_only = version[0] == self.version[0] and step == self.step and step is not None
-        partial = inserts_only and table is self.table and not self.source
+        step = self.rollup.step
+        if isinstance(step, str):
+            step = self.query(step)[1][0][0]
+        # All rows are computed after anything but inserts, for another step, and if the limit may
+        # have cut rows off.
+        inserts_only = version[0] == self.version[0] and table is self.table and not self.source
+        partial = inserts_only and step and step == self.step and len(self.rows) < MAX_ROWS
         found, rows = self.query(self.rollup.sql, step, self.version[1] if partial else None)
         names = [*self.rollup.columns]
         if rows and [*found] != names:  # Perspective would ignore the others
             declared = ", ".join(names)
             raise TableMismatchError(f"its SQL gives {', '.join(found)}, and not {declared}")
         rows = {row[0]: row for row in rows}
-        if partial:  # the steps that came replace those that were there
-            time_at = names.index("time")
-            steps = {row[time_at] for row in rows.values()}
-            rows = {k: row for k, row in self.rows.items() if row[time_at] not in steps} | rows
+        if partial:
+            rows = self.add_steps(rows, names.index("time"))
         self.apply(table, names, rows)
         self.version, self.step = version, step
+
+    def add_steps(self, rows, time_at):
+        """Return the present rows with those of the given steps instead of theirs."""
+        steps = {row[time_at] for row in rows.values()}
+        rows = {key: row for key, row in self.rows.items() if row[time_at] not in steps} | rows
+        oldest = max((row[time_at] for row in rows.values()), default=0) - self.rollup.span
+        return {key: row for key, row in rows.items() if row[time_at] >= oldest}
 
     def query(self, sql, step=None, cursor=None):
         """Return the columns' names and the rows of SQL with placeholders; see Rollup."""
@@ -1109,10 +1123,10 @@ class RollupThread:
             "step": step,
             "cursor": cursor,
         }
-        condition = "" if cursor is None else CHANGED_CONDITION.format(**text)
+        changed = "" if cursor is None else CHANGED_CONDITION.format(**text)
         text["arrival"] = "ms" if self.source else ARRIVAL_SQL
-        recent = TICKS_SQL.format(**text, condition=RECENT_CONDITION.format(**text))
-        ticks = TICKS_SQL.format(**text, condition=condition)
+        ticks = TICKS_SQL.format(**text, condition=changed)
+        recent = TICKS_SQL.format(**text, condition=changed + RECENT_CONDITION.format(**text))
         sql = sql.format(**text, ticks=ticks, recent=recent)
         formats = {"DateTime64": "int"}
         result = self.client.query(sql, query_formats=formats, settings=self.tail.settings)
