@@ -966,9 +966,9 @@ OHLCV_COLUMNS = """toFloat64(toString(argMin(t.open, t.arrival))) AS open,
             sum(t.volume) AS volume"""
 OHLCV_TYPES = dict.fromkeys(("open", "high", "low", "close", "volume"), "float")
 # The size of a rollup is bounded: the tickers with the most volume come first, and in the history
-# the 120 largest pairs of ticker and client of each step, of which there are at most 161; the others
-# are added up. Perspective never frees a string, so keys are reused after 256 steps. In the history the
-# ticker's length comes first, so that "A 1" + "2" and "A" + "1 2" get different keys.
+# the 120 largest pairs of ticker and client of each step; the others are added up. Perspective
+# never frees a string, so keys are reused after 256 steps, more than there are at once. In the
+# history the ticker's length comes first, so that "A 1" + "2" and "A" + "1 2" get different keys.
 MAX_ROWS = 20_000
 ROLLUPS = [
     Rollup(
