@@ -322,7 +322,7 @@ def test_a_fourth_rollup_is_one_entry_and_a_failing_one_is_said_once(table, star
         wait_until(lambda expected=expected: clients() == expected, 20, "the fourth rollup")
     assert mirror.table("stock_values_broken") == {}
     # Rows that are gone are removed even after a failure.
-    insert(table, [Tick(now_ms(), "A", "x", volume=7), Tick(now_ms(), "B", "x")])
+    insert(table, [Tick(now_ms(), "ODD", "x", volume=7), Tick(now_ms(), "B", "x")])
     server.wait_for("rollup stock_values_odd failed")
     table.command("DELETE FROM stock_values WHERE ticker != 'B'")
     wait_until(lambda: {*mirror.table("stock_values_odd")} == {"B"}, 30, "the row that is left")
