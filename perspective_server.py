@@ -1177,6 +1177,7 @@ CONTENT_SECURITY_POLICY = (
     " style-src 'self' 'unsafe-inline'; img-src data:; connect-src 'self'"
 )
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # and where this machine finds it
 
 
 def is_known_origin(origin, handler):
@@ -1264,7 +1265,7 @@ def make_app(relay, tail, address, origins):
     """
     names = {*LOOPBACK, address, *(urlsplit(origin).hostname for origin in origins)}
     hosts = "|".join(re.escape(f"[{name}]" if ":" in name else name) for name in names if name)
-    if address in ("", "0.0.0.0", "::"):
+    if address in ("", *ANY_ADDRESS):
         hosts += r"|[\d.]+|\[[\da-f:.]+\]"  # an IP address is no name that points elsewhere
     app = Application(
         default_handler_class=NotFoundHandler,
@@ -1469,7 +1470,7 @@ def main(argv=None):
         host = options.address
         if host not in LOOPBACK:
             log.warning("listening on %s: anyone who can reach this port can read the data", host)
-        host = "localhost" if host in (*LOOPBACK, "", "0.0.0.0", "::") else host
+        host = "localhost" if host in (*LOOPBACK, "") else ANY_ADDRESS.get(host, host)
         log.info("connecting to %s", producer.describe_dsn(dsn))
         log.info("open http://%s:%s/", f"[{host}]" if ":" in host else host, options.port)
         error = asyncio.run(serve(options, dsn, sockets))
