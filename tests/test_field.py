@@ -6,6 +6,7 @@ Each case was seen to fail or to mislead once.
 import collections
 import socket
 import time
+from http.client import HTTPConnection
 from urllib.request import urlopen
 
 import pytest
@@ -22,12 +23,8 @@ from conftest import (
     now_ms,
     wait_until,
 )
-from tornado.httpclient import HTTPClientError, HTTPRequest
-from tornado.ioloop import IOLoop
-from tornado.websocket import websocket_connect
 
 SERVER = "perspective_server.py"
-STATUS = "server status"
 NOWHERE = "clickhouse://u:p@127.0.0.1:9/test"  # nobody listens there
 ROLLUPS = ("tickers", "candles", "history")
 BLOCK_SETTINGS = "enable_block_number_column = 1, enable_block_offset_column = 1"
@@ -52,10 +49,10 @@ def rollups_came(mirror):
     return all(mirror.table(f"{mirror.live}_{name}") for name in ROLLUPS)
 
 
-def select_rows_read(clickhouse):
+def count_rows_read(database):
     """How many rows this ClickHouse has read from tables so far."""
     sql = "SELECT value FROM system.events WHERE event = 'SelectedRows'"
-    return int(Database(clickhouse).client.command(sql))
+    return int(database.client.command(sql))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -89,21 +86,19 @@ def test_clocks_that_differ_by_100_seconds(table, start, tmp_path, seconds):
     ticks = [row["ticks"] for row in mirror.table("stock_values_history").values()]
     assert sum(ticks) == 50
     assert server.output.count("clock") == 1
-    assert f"{-seconds // 10}" in server.output  # -10 or 10 tens of seconds, give or take a few
-    [status] = mirror.table(STATUS).values()
-    assert abs(status["clock_ms"] + seconds * 1000) < 5000
+    status = wait_until(mirror.status, 20, "the status")
+    assert abs(status["clock_ms"] + seconds * 1000) < 20_000  # the answer's way counts, too
 
 
 def test_a_refused_origin_is_logged_once_with_the_option_that_allows_it(start):
     server = start(Server, "--dsn", NOWHERE)
-    address = f"ws://localhost:{server.port}/websocket"
-
-    async def connect(origin):
-        await websocket_connect(HTTPRequest(address, headers={"Origin": origin}))
-
-    for origin in 3 * ["https://desk.example:8443"]:
-        with pytest.raises(HTTPClientError, match="403"):
-            IOLoop(make_current=False).run_sync(lambda origin=origin: connect(origin))
+    headers = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+    headers |= {"Sec-WebSocket-Key": 22 * "A" + "==", "Origin": "https://desk.example:8443"}
+    for _ in range(3):
+        connection = HTTPConnection("localhost", server.port)
+        connection.request("GET", "/websocket", headers=headers)
+        assert connection.getresponse().status == 403
+        connection.close()
     assert server.output.count("--allow-origin https://desk.example:8443") == 1
 
 
@@ -116,16 +111,8 @@ def test_a_table_of_another_database(database, start, name):
     _, [mirror] = follow(start, elsewhere, "--table", f"{database.name}.{name}", **live)
     database.client.command(f"INSERT INTO {full} VALUES (1), (2)")
     wait_until(lambda: [row["n"] for row in mirror.table(plain).values()] == [1, 2], 20, "rows")
-    wait_until(lambda: mirror.table(STATUS), 20, "the status")
-    [status] = mirror.table(STATUS).values()
+    status = wait_until(mirror.status, 20, "the status")
     assert (status["database"], status["table"]) == (database.name, plain)
-
-
-@pytest.mark.parametrize("name", ["", "a.b.c", "`a", "a.", STATUS])
-def test_what_is_no_name_of_a_table(start, name):
-    script = start(Script, SERVER, "--dsn", NOWHERE, "--table", name, "--port", free_port())
-    assert script.wait() == 2
-    assert f"{name} is not a name like" in script.lines[-1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -177,9 +164,8 @@ def test_a_limit_that_the_user_may_not_lift_is_said_once_and_followed(profiles, 
     server.wait_for("max_result_rows")
     updates = []
     for _ in range(3):
-        received = mirror.received.total()
         database.insert(20)
-        wait_until(lambda seen=received: mirror.received.total() >= seen + 20, 20, "new rows")
+        mirror.wait_for_more(20)
         time.sleep(1.2)  # longer than the pause between two readings of the window
         updates.append(mirror.updates["stock_values"])
     assert updates[2] == updates[0] + 2
@@ -225,7 +211,7 @@ def test_materialized_and_alias_columns_are_enough_for_the_rollups(database, sta
         " close Float32 MATERIALIZED price",
     )
     _, [mirror] = follow(start, database.dsn, "--table", "odd", live="odd")
-    database.client.command(f"INSERT INTO {full} (* ) VALUES ({now_ms() / 1000}, 'A', 187.79)")
+    database.client.command(f"INSERT INTO {full} VALUES ({now_ms() / 1000}, 'A', 187.79)")
     wait_until(lambda: rollups_came(mirror), 60, "the rollups")
     [row] = mirror.table("odd_history").values()
     assert (row["ticker"], row["client"], row["close"], row["volume"]) == ("A", "Homer", 187.79, 7)
@@ -299,10 +285,10 @@ def test_the_start_finds_its_window_by_the_index(database, start):
         f"INSERT INTO {full} SELECT number FROM numbers({rows}) SETTINGS max_block_size = {size},"
         f" min_insert_block_size_rows = {size}, min_insert_block_size_bytes = 0, max_threads = 1"
     )
-    before = select_rows_read(database.process)
+    before = count_rows_read(database)
     server = start(Server, "--dsn", database.dsn, "--table", "odd", "--limit", 1000)
     server.wait_for_delivered(1000)
-    assert select_rows_read(database.process) - before < 0.2 * rows
+    assert count_rows_read(database) - before < 0.2 * rows
     mirror = start(Mirror, server.url, "odd")
     newest = set(range(rows - 1000, rows))
     wait_until(lambda: {row["n"] for row in mirror.table("odd").values()} == newest, 20)
@@ -322,7 +308,7 @@ def test_strings_count_by_their_bytes_and_repeated_ones_cost_nothing(database, s
         server.wait_for_delivered(before + rows)
 
     for _ in range(10):
-        insert(1000, "'the same string'")  # 1,000,000 strings
+        insert(100, "'the same string'")  # 100,000 in all
     assert mirror.snapshots == 1
     insert(2, "randomPrintableASCII(10000)")  # 2,000,000 bytes
     wait_until(lambda: mirror.snapshots == 2, 30, "the tables to be recreated")
