@@ -85,6 +85,7 @@ def test_clocks_that_differ_by_100_seconds(table, start, tmp_path, seconds):
     wait_until(lambda: rollups_came(mirror), 60, "the rollups")
     ticks = [row["ticks"] for row in mirror.table("stock_values_history").values()]
     assert sum(ticks) == 50
+    assert 0 <= server.health()["lag_ms"] < 60_000
     assert server.output.count("clock") == 1
     status = wait_until(mirror.status, 20, "the status")
     assert abs(status["clock_ms"] + seconds * 1000) < 20_000  # the answer's way counts, too
