@@ -296,7 +296,7 @@ def test_the_start_finds_its_window_by_the_index(database, start):
 
 
 def test_strings_count_by_their_bytes_and_repeated_ones_cost_nothing(database, start, tmp_path):
-    changes = {"MAX_STRING_BYTES = 500_000_000": "MAX_STRING_BYTES = 1_000_000"}
+    changes = {"MAX_STRING_BYTES = 500_000_000": "MAX_STRING_BYTES = 200_000"}
     names = [f"s{i}" for i in range(100)]
     full = create(database, ", ".join(f"{name} String" for name in names))
     script = changed_server(tmp_path, changes)
