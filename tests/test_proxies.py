@@ -1,0 +1,95 @@
+"""What README.md says of a reverse proxy in front of the server, with Debian's nginx."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import Script, Server, free_port, wait_until
+from test_readme import arguments, marked
+
+# Around the README's configuration: everything is in one folder.
+MAIN = """
+{user}
+daemon off;
+pid nginx.pid;
+error_log errors;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path body;
+    proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi;
+    scgi_temp_path scgi;
+    {server}
+}}
+"""
+PASSWORD = "the password"
+
+
+@pytest.fixture
+def nginx(tmp_path):
+    """Starts nginx with a `server` block, and a certificate and a user as in the README."""
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        end = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        end("no nginx")
+    certificate = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
+    command = f"{certificate} -subj /CN=localhost -out ticks.pem -keyout ticks.key"
+    subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True)
+    assert PASSWORD in marked("users")
+    users = subprocess.run(
+        ["bash", "-c", marked("users")], check=True, capture_output=True, text=True
+    )
+    (tmp_path / "ticks.users").write_text(users.stdout)
+    started = []
+
+    def begin(server):
+        user = "user root;" if os.getuid() == 0 else ""  # who may read the folder
+        server = server.replace("/etc/nginx", str(tmp_path))
+        (tmp_path / "nginx.conf").write_text(MAIN.format(user=user, server=server))
+        command = [program, "-p", tmp_path, "-e", "errors", "-c", "nginx.conf"]
+        started.append(subprocess.Popen(command))
+
+    yield begin
+    for process in started:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("changes", "allowed", "notice"),
+    [
+        ({}, True, None),
+        ({"location / {": "location /ticks/ {", "8080;": "8080/;"}, True, None),
+        ({"proxy_set_header Upgrade $http_upgrade;": ""}, True, "proxy"),
+        ({"proxy_set_header Host $http_host;": ""}, False, "--allow-origin"),
+    ],
+    ids=["right", "under a path", "without Upgrade", "without --allow-origin"],
+)
+def test_a_page_behind_nginx(nginx, start, visit, database, changes, allowed, notice):
+    """The page is live with TLS and a password; where the websocket is refused, it says so."""
+    start(Script, "producer.py", "--dsn", database.dsn)
+    port = free_port()
+    origin = f"https://localhost:{port}"
+    option, example = arguments("team", "perspective_server.py")
+    server = start(Server, "--dsn", database.dsn, *([option, origin] if allowed else []))
+    config = marked("nginx")
+    ours = {example.split("//")[1]: "localhost", "443": f"127.0.0.1:{port}", "8080": f"{server.port}"}
+    for old, new in (changes | ours).items():
+        assert old in config
+        config = config.replace(old, new)
+    nginx(config)
+    url = origin + ("/ticks/" if "/ticks/" in config else "/")
+    login = {"username": "team", "password": PASSWORD}
+    get = ["curl", "-sk", "-o", os.devnull, "-w", "%{http_code}", url]
+    wait_until(lambda: subprocess.run(get, capture_output=True).stdout == b"401")
+    tab = visit(url, None, ignore_https_errors=True, http_credentials=login)
+    if notice is None:
+        tab.wait_for("live")
+        return
+    tab.forgiven = "WebSocket connection to"
+    tab.wait_for_notice(notice)
+    if not allowed:  # what to add is also in the log
+        server.wait_for(f"{option} {origin}")
