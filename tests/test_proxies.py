@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from conftest import Script, Server, free_port, wait_until
-from test_readme import arguments, marked
+from test_readme import adapted, arguments, marked
 
 # Around the README's configuration: everything is in one folder.
 MAIN = """
@@ -75,11 +75,9 @@ def test_a_page_behind_nginx(nginx, start, visit, database, changes, allowed, no
     origin = f"https://localhost:{port}"
     option, example = arguments("team", "perspective_server.py")
     server = start(Server, "--dsn", database.dsn, *([option, origin] if allowed else []))
-    config = marked("nginx")
-    ours = {example.split("//")[1]: "localhost", "443": f"127.0.0.1:{port}", "8080": f"{server.port}"}
-    for old, new in (changes | ours).items():
-        assert old in config
-        config = config.replace(old, new)
+    host = example.removeprefix("https://")
+    ours = {host: "localhost", "443": f"127.0.0.1:{port}", "8080": server.port}
+    config = adapted(marked("nginx"), changes | ours)
     nginx(config)
     url = origin + ("/ticks/" if "/ticks/" in config else "/")
     login = {"username": "team", "password": PASSWORD}

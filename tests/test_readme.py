@@ -4,11 +4,10 @@ import json
 import re
 import shlex
 
-import pytest
 from conftest import ROOT, Connection, Mirror, Script, Server, changed_server, free_port, wait_until
 
 README = (ROOT / "README.md").read_text()
-DEFAULT = "clickhouse://admin:admin1234@localhost:8123/test"
+PAGE = "prsp-viewer.html"
 
 
 def marked(name):
@@ -24,22 +23,23 @@ def arguments(name, script):
     return shlex.split(line.split(script)[1])
 
 
+def adapted(code, changes):
+    """Code with names of the README's examples replaced: {old: new}."""
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, str(new))
+    return code
+
+
 def test_what_the_readme_names_exists():
-    for path in re.findall(r"\]\((imgs/[^)]+)\)|`(tests/[^`]+)`|python (tests/\S+\.py)", README):
-        assert (ROOT / "".join(path)).exists(), path
+    for path in re.findall(r"\b(?:imgs|tests)/[\w.-]+\w", README):
+        assert (ROOT / path).exists(), path
     scripts = "".join((ROOT / name).read_text() for name in ["perspective_server.py", PAGE])
     table = README.split("| read and copy |")[1].split("\n\n")[0]
-    names = re.findall(r"[`.](\w+)(?=`)", "".join(line.split("|")[3] for line in rows(table)))
+    names = re.findall(r"(\w+)`", "".join(line.split("|")[-2] for line in table.split("\n")[2:]))
     assert len(names) > 10
     for name in names:
         assert re.search(rf"\b(class|def|function) {name}\b|^{name} = ", scripts, re.M), name
-
-
-PAGE = "prsp-viewer.html"
-
-
-def rows(table):
-    return [line for line in table.split("\n")[2:] if line]
 
 
 def test_the_commands(start, database):
@@ -56,17 +56,16 @@ def test_the_commands(start, database):
 def test_the_idea_runs_as_it_stands(database, start, visit, tmp_path, monkeypatch):
     """With stock clients: Perspective's in Python, and the page in a browser."""
     start(Script, "producer.py", "--dsn", database.dsn)
-    wait_until(lambda: database.client.command(f"EXISTS {database.name}.stock_values"))
-    port, code = free_port(), marked("idea.py")
-    for old, new in {DEFAULT: database.dsn, "'test'": f"'{database.name}'", "8080": str(port)}.items():
-        assert old in code
-        code = code.replace(old, new)
-    (tmp_path / "idea.py").write_text(code)
+    wait_until(lambda: database.client.command(f"EXISTS {database.name}.stock_values"), 60)
+    port = free_port()
+    dsn = "clickhouse://admin:admin1234@localhost:8123/test"
+    ours = {dsn: database.dsn, "'test'": f"'{database.name}'", "8080": port}
+    (tmp_path / "idea.py").write_text(adapted(marked("idea.py"), ours))
     (tmp_path / "idea.html").write_text(marked("idea.html"))
     monkeypatch.chdir(tmp_path)
     start(Script, tmp_path / "idea.py")
     url = f"http://localhost:{port}"
-    viewer = wait_until(lambda: connected(start, url))
+    viewer = wait_until(lambda: connected(start, url), 60)
     table = viewer.table()
     before = viewer.run(table.size())
     wait_until(lambda: viewer.run(table.size()) > before)
@@ -88,13 +87,11 @@ def test_the_mirror_in_python_runs_as_it_stands(database, start, tmp_path):
     start(Script, "producer.py", "--dsn", database.dsn)
     server = start(Server, "--dsn", database.dsn)
     viewer = start(Mirror, server.url)
-    wait_until(lambda: viewer.table("stock_values_tickers"), 20)
-    code = marked("python mirror")
-    assert "localhost:8080" in code
+    wait_until(lambda: viewer.table("stock_values_tickers"), 60, lambda: server.output)
     program = tmp_path / "mirror.py"
-    program.write_text(code.replace("localhost:8080", f"localhost:{server.port}"))
+    program.write_text(adapted(marked("python mirror"), {"8080": server.port}))
     running = start(Script, program)
-    wait_until(lambda: running.output.count('"AAPL.N"') >= 3, 30, running.lines)
+    wait_until(lambda: running.output.count('"AAPL.N"') >= 3, 60, running.lines)
     assert "Traceback" not in running.output
 
 
@@ -124,23 +121,19 @@ def test_a_rollup_and_a_panel_of_ones_own(database, start, visit, tmp_path):
     """From CREATE TABLE to the picture, with the edits that the README gives."""
     client = database.client
     client.command(f"CREATE DATABASE {database.name}")
-    client.command(marked("own table").replace("test.", f"{database.name}."))
+    for statement in adapted(marked("own table"), {"test.": f"{database.name}."}).split(";"):
+        client.command(statement)
     script = changed_server(tmp_path, {})
     replace(script, r"ROLLUPS = \[.*?\nROLLUP_COLUMNS = [^\n]*", marked("own rollup"))
     panels = marked("own panels")
     replace(tmp_path / PAGE, r"(async )?function dashboard\(\) \{.*?\n\}", panels)
     server = start(Server, "--dsn", database.dsn, "--table", "temperatures", script=script)
     mirror = start(Mirror, server.url, "temperatures")
-    client.command(
-        f"INSERT INTO {database.name}.temperatures"
-        " SELECT now64(3) - number * 10, concat('s', toString(number % 3)), 20 + number % 5"
-        " FROM numbers(60)"
-    )
     expected = client.command(
         f"SELECT uniqExact(sensor, toStartOfMinute(at)) FROM {database.name}.temperatures"
     )
-    wait_until(lambda: len(mirror.table("temperatures_minutes")) == expected, 20)
-    mirror.wait_for_rows(60)
+    wait_until(lambda: len(mirror.table("temperatures_minutes")) == expected, 60)
+    mirror.wait_for_rows(600)
     visit(server.url, None).wait_for_marks("minutes")
 
 
