@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 
 import pytest
-from conftest import Script, Server, free_port, wait_until
+from conftest import Server, free_port, wait_until
 from test_readme import adapted, arguments, marked
 
 # Around the README's configuration: everything is in one folder.
@@ -81,13 +81,12 @@ def status(url):
     ],
     ids=["right", "under a path", "without Upgrade", "without --allow-origin"],
 )
-def test_a_page_behind_nginx(nginx, start, visit, database, changes, allowed, works):
+def test_a_page_behind_nginx(nginx, start, visit, site, changes, allowed, works):
     """The page is live with TLS and a password; where the websocket is refused, it says so."""
-    start(Script, "producer.py", "--dsn", database.dsn)
     port = free_port()
     origin = f"https://localhost:{port}"
     option, example = arguments("team", "perspective_server.py")
-    server = start(Server, "--dsn", database.dsn, *([option, origin] if allowed else []))
+    server = start(Server, *site.options, *([option, origin] if allowed else []))
     host = example.removeprefix("https://")
     ours = {host: "localhost", "443": f"127.0.0.1:{port}", "8080": server.port}
     nginx(adapted(marked("nginx"), changes | ours))
