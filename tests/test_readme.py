@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import signal
+from pathlib import Path
 
 from conftest import ROOT, Connection, Mirror, Script, Server, changed_server, free_port, wait_until
 
@@ -51,6 +53,9 @@ def test_the_commands(start, database):
     for each in (embedded, server):
         each.wait_for_delivered(250)
     assert server.health().keys() == json.loads(marked("healthz")).keys()
+    folder = Path(re.search(r"chdb://(/\S+)", embedded.output)[1])
+    assert folder.name.startswith("clickhouse-") and folder.exists()
+    assert embedded.stop(signal.SIGINT) == 0 and not folder.exists()
 
 
 def test_the_idea_runs_as_it_stands(database, start, visit, tmp_path, monkeypatch):
