@@ -1391,11 +1391,50 @@ def listen(address, port):
     return sockets
 
 
-async def serve(options, dsn, sockets):
-    """Serve until a signal comes, or until a permanent error, which is returned."""
+class StartError(Exception):
+    """The server cannot start. The message says why."""
+
+
+def start_engine(path, cleanup):
+    """Start ClickHouse in this process, with its data in `path` or in a temporary folder.
+
+    Returns the DSN. Raises StartError.
+    """
+    folder = path or cleanup.enter_context(
+        tempfile.TemporaryDirectory(prefix="clickhouse-", ignore_cleanup_errors=True)
+    )
+    dsn = f"chdb://{quote(os.path.abspath(folder))}"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        client = cleanup.enter_context(contextlib.closing(producer.connect(dsn)))
+        with contextlib.suppress(TableMismatchError):  # the producer reports it
+            producer.create_table(client, producer.split_dsn(dsn)[1])
+    except ImportError:
+        raise StartError("--embedded needs chdb: pip install 'clickhouse-connect[chdb]'") from None
+    except OSError as error:
+        raise StartError(f"cannot write to {folder} ({error.strerror})") from None
+    except Exception as error:
+        text = f"no engine in {folder}, is it in use elsewhere? {explain(error)}"
+        raise StartError(text) from None
+    return dsn
+
+
+async def serve(options, sockets, cleanup):
+    """Serve until a signal comes, or until a permanent error, which is returned.
+
+    Raises StartError.
+    """
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     for signum in producer.stop_signals():
         loop.add_signal_handler(signum, ended.set)
+    embedded = options.embedded is not None
+    dsn = start_engine(options.embedded, cleanup) if embedded else options.dsn
+    host = options.address
+    if host not in LOOPBACK:
+        log.warning("listening on %s: anyone who can reach this port can read the data", host)
+    host = "localhost" if host in (*LOOPBACK, "") else ANY_ADDRESS.get(host, host)
+    log.info("connecting to %s", producer.describe_dsn(dsn))
+    log.info("open http://%s:%s/", f"[{host}]" if ":" in host else host, options.port)
     relay = Relay(loop)
     default = producer.split_dsn(dsn)[1]
     database, table = options.table[0] or default, options.table[1]
@@ -1406,7 +1445,7 @@ async def serve(options, dsn, sockets):
         other, name = options.history_table
         sources["history"] = producer.full_name(other or default, name)
     workers = [tail, *(RollupThread(each, tail, sources.get(each.name)) for each in ROLLUPS)]
-    if options.embedded is not None:
+    if embedded:
         workers.append(producer.Producer(dsn, interval=0.25, rows=250, log=log.info))
     app = make_app(relay, tail, options.address, options.allow_origin)
     server = HTTPServer(app, max_body_size=MAX_MESSAGE, idle_connection_timeout=60)
@@ -1450,30 +1489,10 @@ def main(argv=None):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 2 * MAX_VIEWERS), hard), hard))
     with contextlib.ExitStack() as cleanup:
-        dsn = options.dsn
-        if options.embedded is not None:
-            folder = options.embedded or cleanup.enter_context(
-                tempfile.TemporaryDirectory(prefix="clickhouse-", ignore_cleanup_errors=True)
-            )
-            dsn = f"chdb://{quote(os.path.abspath(folder))}"
-            try:
-                os.makedirs(folder, exist_ok=True)
-                client = cleanup.enter_context(contextlib.closing(producer.connect(dsn)))
-                with contextlib.suppress(TableMismatchError):  # the producer reports it
-                    producer.create_table(client, producer.split_dsn(dsn)[1])
-            except ImportError:
-                return fail("--embedded needs chdb: pip install 'clickhouse-connect[chdb]'")
-            except OSError as error:
-                return fail(f"cannot write to {folder} ({error.strerror})")
-            except Exception as error:
-                return fail(f"no engine in {folder}, is it in use elsewhere? {explain(error)}")
-        host = options.address
-        if host not in LOOPBACK:
-            log.warning("listening on %s: anyone who can reach this port can read the data", host)
-        host = "localhost" if host in (*LOOPBACK, "") else ANY_ADDRESS.get(host, host)
-        log.info("connecting to %s", producer.describe_dsn(dsn))
-        log.info("open http://%s:%s/", f"[{host}]" if ":" in host else host, options.port)
-        error = asyncio.run(serve(options, dsn, sockets))
+        try:
+            error = asyncio.run(serve(options, sockets, cleanup))
+        except StartError as error:
+            return fail(str(error))
     return fail(explain(error)) if error else 0
 
 
