@@ -222,11 +222,12 @@ CHANGES = {
     "partition replaced": [*COPY, f"{ALTER} REPLACE PARTITION tuple() FROM stock_values_other"],
     "part detached and attached": [
         *(STOP_MERGES, 100, POLL, f"{ALTER} DETACH PART '{{part}}'"),
-        *(f"{ALTER} ATTACH PART '{{part}}'", START_MERGES),
+        *(f"{ALTER} ATTACH PART '{{part}}'", POLL, START_MERGES),
     ],
     "part attached, another dropped": [
         *(STOP_MERGES, 100, 100, POLL, f"{ALTER} DROP PART '{{part}}'"),
-        *(f"{ALTER} DETACH PART '{{last}}'", f"{ALTER} ATTACH PART '{{last}}'", 50, START_MERGES),
+        *(f"{ALTER} DETACH PART '{{last}}'", f"{ALTER} ATTACH PART '{{last}}'", 50),
+        *(POLL, START_MERGES),
     ],
     **{  # the table grows by less than was inserted, without a mutation
         f"{rows} rows inserted, 200 others dropped{', merge' if merge else ''}": [
