@@ -702,6 +702,9 @@ class Rollups:
 # plain view of each table, and encodes each change once for all viewers.
 
 
+STATUS_TABLE = "server status"  # no rollup and no table of ClickHouse can have this name
+
+
 class Relay:
     """Hosts the Perspective tables, and sends their changes to the viewers."""
 
@@ -793,24 +796,31 @@ class Relay:
         self.max_unread = max(self.max_unread, UNREAD_SNAPSHOTS * len(arrow))
         return arrow
 
-    def disconnect_viewers(self, code=1012, reason="the tables were made anew"):
+    def disconnect_viewers(self, code=1012, reason="the tables were recreated"):
         self.snapshots.clear()
         for viewer in list(self.viewers):
             viewer.close(code, reason)
 
     def host_status(self, tail):
         """Host the table with what /healthz says, the table's columns, the version and the time."""
-        self.status_name = f"{tail.table}_status"
+        self.status_name = STATUS_TABLE
         page = hashlib.sha256(PAGE.read_bytes()).hexdigest()[:8]
         self.version = f"Perspective {perspective.__version__}, page {page}"
-        types = dict.fromkeys([*tail.health(), "time"], "float")
-        types |= dict.fromkeys(("clickhouse", "table", "columns", "version"), "string")
+        types = dict.fromkeys([*tail.health(), "time", "clock_ms"], "float")
+        strings = ("clickhouse", "table", "database", "columns", "version")
+        types |= dict.fromkeys(strings, "string")
         self.add_table(self.status_name, types, "table")
         self.publish_status(tail)
 
     def publish_status(self, tail):
         columns = json.dumps([*map(shown_name, tail.columns), *tail.ring])
-        more = {"columns": columns, "version": self.version, "time": round(time.time() * 1000)}
+        more = {
+            "database": tail.database,
+            "columns": columns,
+            "version": self.version,
+            "time": round(time.time() * 1000),
+            "clock_ms": None,
+        }
         with self.changing():
             self.tables[self.status_name].update([tail.health() | more])
 

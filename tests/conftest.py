@@ -330,7 +330,7 @@ class Mirror:
 
     def status(self):
         """The one row of the status table, None if it did not come yet."""
-        return next(iter(self.table(f"{self.live}_status").values()), None)
+        return next(iter(self.table("server status").values()), None)
 
     def wait_for_rows(self, rows, seconds=30):
         wait_until(lambda: len(self.table(self.live)) == rows, seconds, f"{rows} rows")
