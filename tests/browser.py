@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -86,8 +87,8 @@ class Tab:
         """Wait until the status line says so."""
         self.page.wait_for_selector(f"#state.{state}", timeout=1000 * seconds)
 
-    def wait_for_notice(self, text):
-        self.page.wait_for_selector(f'#notice:has-text("{text}")')
+    def wait_for_notice(self, text, seconds=30):
+        self.page.wait_for_selector(f'#notice:has-text("{text}")', timeout=1000 * seconds)
 
     def text(self, selector):
         return self.page.text_content(selector)
@@ -152,7 +153,11 @@ class Tab:
         )
 
     def workspace(self):
-        return self.page.evaluate(f"{VIEWER}.saveWorkspace()")
+        def saved():
+            with contextlib.suppress(Error):  # it is just being drawn
+                return self.page.evaluate(f"{VIEWER}.saveWorkspace()")
+
+        return wait_until(saved, 30, "a workspace")
 
     def restore(self, panel, **config):
         """Change a panel as its settings do, without waiting for the result."""
@@ -160,7 +165,20 @@ class Tab:
         self.page.evaluate(script, [config, panel])
 
     def change(self, panel, **config):
-        self.after(lambda: self.restore(panel, **config))
+        """Change a panel, and wait until the page has stored that.
+
+        A dashboard whose first rows come is drawn again, perhaps at the same moment.
+        """
+        before, due = self.stored(), 0
+
+        def is_changed():
+            nonlocal due
+            if time.monotonic() > due:
+                self.restore(panel, **config)
+                due = time.monotonic() + 8
+            return self.stored() != before and self.is_stored()
+
+        wait_until(is_changed, 30, "it is stored")
 
     def after(self, gesture):
         """Change something, and wait until the page has stored that."""

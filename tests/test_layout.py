@@ -5,6 +5,7 @@ import re
 import time
 from urllib.parse import quote, urlsplit
 
+import pytest
 from browser import GRIDS, LOST, SHOWN, differences
 from conftest import ROOT, Script, Server, changed_server, free_port, wait_until
 from proxy import Link
@@ -262,20 +263,80 @@ def test_a_browser_without_webassembly(site, visit):
     assert tab.text("#state") == "not supported"
 
 
-NO_WEBGL = """
-for (const canvas of [HTMLCanvasElement, OffscreenCanvas]) {
-    const original = canvas.prototype.getContext;
-    canvas.prototype.getContext = function (kind, ...options) {
-        return kind.startsWith("webgl") ? null : original.call(this, kind, ...options);
-    };
+# In workers, which a script of the page does not reach, the blobs that they are made of.
+IN_WORKERS = """
+const original = Blob;
+window.Blob = class extends original {
+    constructor(parts, options) {
+        super(options?.type?.includes("javascript") ? [`%s;`, ...parts] : parts, options);
+    }
+};"""
+CHARTS_FAIL = {
+    "no WebGL 2": "OffscreenCanvas.prototype.getContext = () => null",
+    "no frames": "self.createImageBitmap = () => new Promise(() => {})",
 }
-"""
 
 
-def test_a_browser_without_webgl(site, visit):
-    tab = visit(site.url, init=NO_WEBGL)
-    tab.wait_for_notice("This browser has no WebGL 2")
-    tab.wait_for_other_cells()
+@pytest.mark.parametrize("reason", CHARTS_FAIL)
+def test_charts_that_are_not_drawn_are_explained(site, visit, reason):
+    tab = visit(site.url, None, init=IN_WORKERS % CHARTS_FAIL[reason])
+    tab.wait_for_notice("Charts were not drawn within 10 s. They need WebGL 2 in a worker", 60)
+
+
+INVALID_LANGUAGE = "Object.defineProperty(navigator, 'languages', { value: ['c'] });"
+
+
+def test_failures_of_perspective_are_said_in_a_sentence(site, visit):
+    """One at each start, as with a language that no browser knows, and one at a click."""
+    tab = visit(site.url, None, init=INVALID_LANGUAGE)
+    tab.forgiven = "language|locale|retired"
+    tab.wait_for_notice("This page tries again automatically")
+    assert re.match("Invalid language|Incorrect locale", tab.text("#notice"))
+    tab = visit(site.url)
+    tab.forgiven = "ClipboardItem"
+    tab.page.evaluate("() => { setTimeout(() => { throw new Error('no ClipboardItem'); }); }")
+    tab.wait_for_notice("no ClipboardItem")
+
+
+def test_charts_are_sharp_on_another_screen_and_pages_readable_on_paper(site, visit):
+    tab = visit(site.url, color_scheme="dark")
+    width = """() => document.querySelector("perspective-viewer > [slot=candles]").shadowRoot
+        .querySelector("canvas.webgl-canvas").width"""
+    tab.wait_for_marks("candles")
+    before = tab.page.evaluate(width)
+    session = tab.page.context.new_cdp_session(tab.page)
+    screen = {"width": 0, "height": 0, "deviceScaleFactor": 2, "mobile": False}
+    session.send("Emulation.setDeviceMetricsOverride", screen)
+    wait_until(lambda: tab.page.evaluate(width) > 1.9 * before, 30, "twice as many pixels")
+    background = """() => getComputedStyle(document.querySelector("perspective-viewer > [slot]")
+        .shadowRoot.querySelector("td, canvas")).printColorAdjust"""
+    assert tab.page.evaluate(background) == "exact"
+
+
+def test_an_engine_that_does_not_start_is_no_silent_server(site, visit):
+    tab = visit(site.url, None, init=IN_WORKERS % "if (!self.window) throw Error('odd')")
+    tab.forgiven = "odd"
+    tab.wait_for_notice("Perspective's engine is starting.")
+
+
+def test_why_the_server_refuses_the_connection(site, start, visit):
+    """The page was loaded, so the server is there."""
+    port = free_port()
+    with Link(port) as link:
+        server = start(Server, *site.options, port=port)
+        tab = visit(link.url, None)
+        tab.forgiven = "WebSocket connection to"
+        tab.wait_for_notice("The server refuses the websocket.")
+        assert f"--allow-origin {link.url}" in tab.text("#notice")
+        server.kill()
+        tab.forgiven = LOST
+        tab.wait_for_notice("No answer from the server yet.")
+
+
+def test_clocks_that_differ_are_told(site, start, visit, tmp_path):
+    script = changed_server(tmp_path, {'"clock_ms": ': '"clock_ms": -95_000 or '})
+    tab = visit(start(Server, *site.options, script=script).url)
+    tab.wait_for_notice("ClickHouse's clock is 95 s behind the server's.")
 
 
 def test_charts_come_back_after_the_graphics_process_died(site, start, visit):
@@ -317,7 +378,9 @@ def test_everybody_can_use_it(site, visit):
     tab.wait_for("live")
     assert page.get_by_role("status").text_content() == "live"
     assert page.get_attribute("#notice", "role") == "alert"
-    for name in ("theme", "reset"):
+    link = page.get_by_role("link", name=f"{site.database.name}.stock_values")
+    assert link.get_attribute("href") == "healthz"
+    for name in ("source", "theme", "reset"):
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.id") == name
         assert page.locator(f"#{name}").inner_text()
@@ -325,7 +388,7 @@ def test_everybody_can_use_it(site, visit):
         assert page.evaluate("document.documentElement.classList.contains('dark')") == dark
         colours = """(selector) => [document.body, document.querySelector(selector)].map(
             (element, text) => getComputedStyle(element)[text ? "color" : "backgroundColor"])"""
-        for selector in ("#state", ".figure", "#rows", "#theme"):
+        for selector in ("#source", "#state", ".figures", "#rows", "#theme"):
             levels = sorted(map(luminance, page.evaluate(colours, selector)))
             assert (levels[1] + 0.05) / (levels[0] + 0.05) >= 4.5, (dark, selector)
         page.focus("#theme")

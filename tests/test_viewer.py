@@ -48,10 +48,9 @@ def signed(change):
     return re.sub(r"[+-](?=0\.00%)", "", f"{100 * change:+.2f}%")
 
 
-def total_ticks(tab):
-    """The number of ticks in the first row of the history's grid."""
-    rows = tab.cells("historyTable")
-    return int(rows[0][1].replace(",", "")) if rows else 0
+def total(tab, column):
+    """The sum of a column of the history."""
+    return sum(row[column] for row in tab.rows("historyTable"))
 
 
 def test_every_panel_draws_and_moves_and_agrees_with_sql(site, start, visit, tmp_path):
@@ -70,7 +69,8 @@ def test_every_panel_draws_and_moves_and_agrees_with_sql(site, start, visit, tmp
         tab.select(panel)
         pictures[panel] = tab.wait_for_marks(panel)
     tab.select("historyTable")
-    before = wait_until(lambda: total_ticks(tab), 30, "rows in the history")
+    tab.wait_for_cells("historyTable")
+    before = total(tab, "ticks")
     assert before > 2 * Site.limit
     wait_until(lambda: site.database.count() > before, 30, "more ticks")
 
@@ -98,15 +98,16 @@ def test_every_panel_draws_and_moves_and_agrees_with_sql(site, start, visit, tmp
         wait_until(lambda: [row[1:] for row in tab.cells("tickers")] == tickers, 30, tickers)
 
         [[ticks, volume]] = site.database.ask("SELECT count(), sum(volume) FROM stock_values")
-        wait_until(lambda: total_ticks(tab) == ticks, 45, f"{ticks} ticks in the history")
-        assert tab.cells("historyTable")[0][-1] == f"{volume:,}"
+        wait_until(lambda: total(tab, "ticks") == ticks, 45, f"{ticks} ticks in the history")
+        assert total(tab, "volume") == volume
         rows = {tuple(row["__ROW_PATH__"]): row for row in tab.rows("historyTable")}
         # Several ticks may share the last millisecond.
-        for ticker, closes in site.database.ask(
-            "SELECT ticker, groupArray(close) FROM stock_values WHERE (ticker, timestamp) IN"
-            " (SELECT ticker, max(timestamp) FROM stock_values GROUP BY ticker) GROUP BY ticker",
+        pair = "ticker, client"
+        for *group, closes in site.database.ask(
+            f"SELECT {pair}, groupArray(close) FROM stock_values WHERE ({pair}, timestamp) IN"
+            f" (SELECT {pair}, max(timestamp) FROM stock_values GROUP BY {pair}) GROUP BY {pair}",
         ):
-            assert any(rows[ticker,]["close"] == pytest.approx(close) for close in closes)
+            assert any(rows[*group]["close"] == pytest.approx(close) for close in closes)
     for panel in CHARTS:
         tab.select(panel)
         tab.wait_for_marks(panel, other_than=pictures[panel])
@@ -141,6 +142,143 @@ def test_an_instant_is_the_same_everywhere(database, start, visit):
     shown = ["05:06:07.089", "AAPL.N", "Homer", "1.00", "4.00", "0.50", "2.00", "1,234,567"]
     wait_until(lambda: tab.cells() == [shown], 30, "the row")
     assert tab.rows()[0]["timestamp"] == 1_614_888_367_089
+
+
+def config(tab, panel, *keys):
+    return [tab.workspace()["panels"][panel].get(key) for key in keys]
+
+
+def test_the_dashboard_follows_the_data(database, start, visit):
+    """Tickers come after the page; and then one with a tiny price, and more than a chart holds."""
+    database.create_table()
+    server = start(Server, "--dsn", database.dsn)
+    tab = visit(server.url, "waiting")
+    tab.page.wait_for_selector("perspective-viewer:not(.empty)")
+    assert config(tab, "candles", "filter", "title") == [
+        [["ticker", "==", "AAPL.N"]],
+        "AAPL.N, two-second candles",
+    ]
+    database.command(
+        "INSERT INTO stock_values SELECT now64(3), concat('T', toString(number % 40)), 'Moe',"
+        " 0.00000123, 40123.5, 0.00000123, if(number % 40 = 11, 0.00000123, 1.08213),"
+        " number % 40, today() FROM numbers(400)"
+    )
+    wait_until(lambda: config(tab, "candles", "filter") == [[["ticker", "==", "T39"]]], 30, "T39")
+    assert config(tab, "historyClose", "title") == ["T39 history"]
+    [[largest]] = config(tab, "volumeHeatmap", "filter")
+    assert largest == ["ticker", "in", [f"T{n}" for n in range(39, 19, -1)]]
+    prices = ["40,123.5", "0.00000123"]
+    expected = {"T1": ["1.08213", *prices], "T11": ["0.00000123", *prices]}
+
+    def shown():
+        rows = {row[0]: [row[1], *row[3:5]] for row in tab.cells("tickers")}
+        return expected.items() <= rows.items()
+
+    wait_until(shown, 30, expected)
+    grid = tab.page.locator("perspective-viewer-datagrid[slot=tickers]")
+    tab.after(grid.get_by_text("T11", exact=True).click)
+    for panel, title in (("candles", "T11, two-second candles"), ("historyClose", "T11 history")):
+        assert config(tab, panel, "filter", "title") == [[["ticker", "==", "T11"]], title]
+
+
+def test_prices_flash_when_they_change(site, visit):
+    tab = visit(site.url)
+    flashes = """() => [...document.querySelector("perspective-viewer-datagrid[slot=tickers]")
+        .shadowRoot.querySelectorAll("tbody td")].map((cell) => cell.style.animationName)"""
+
+    def flashed():
+        seen.update(name[:9] for name in tab.page.evaluate(flashes))
+        return {"pulse_pos", "pulse_neg"} <= seen
+
+    seen = set()
+    wait_until(flashed, 30, "prices flash")
+
+
+# A table of one's own: its columns, what is in them, and (plugin, group, split) of its charts.
+DASHBOARDS = {
+    "foreign exchange": (
+        "time DateTime64(3), id UInt32, pair String, bid Float64, venue LowCardinality(String)",
+        "now64(3) - toIntervalMillisecond(number * 100), number, ['EUR', 'JPY'][number % 2 + 1],"
+        " [1.08213, 0.00000123][number % 2 + 1], ['LMAX', 'CME'][number % 4 % 3 % 2 + 1]",
+        {
+            "overTime": ("Y Line", ["time by 0.2 s"], ["pair"], ["bid"]),
+            "byCategory": ("Heatmap", ["pair"], ["venue"], ["bid"]),
+        },
+        r"1\.08213|0\.00000123",
+    ),
+    "sensors": (
+        "at DateTime, ok Bool, celsius Float32",
+        "now() - number, number % 3 = 0, -5 + number % 7 / 10",
+        {
+            "overTime": ("Y Line", ["at by 2 s"], ["ok"], ["celsius"]),
+            "byCategory": ("X Bar", ["ok"], [], ["celsius"]),
+        },
+        r"-[45](\.\d)?",
+    ),
+    "a log without a number": (
+        "at DateTime64(9), trace String, level LowCardinality(String), status UInt16",
+        "now64(9) - number, hex(MD5(toString(number))), ['INFO', 'WARN'][number % 2 + 1], 200",
+        {
+            "overTime": ("Y Area", ["at by 2 s"], ["level"], ["number of rows"]),
+            "byCategory": ("X Bar", ["level"], [], ["number of rows"]),
+        },
+        "200",
+    ),
+    "without a time": (
+        "country String, product String, amount Decimal(9, 2)",
+        "['CH', 'DE', 'FR'][number % 3 + 1], ['a', 'b'][number % 2 + 1], 40123.5 + number % 30",
+        {"byCategory": ("Heatmap", ["country"], ["product"], ["amount"])},
+        r"40,1\d\d\.5",
+    ),
+    "days": (
+        "day Date, sales Int32",
+        "toDate('2026-07-01') + number % 30, number % 100",
+        {"overTime": ("Y Line", ["day"], [], ["sales"])},
+        r"\d+",
+    ),
+    "60 columns": (
+        "t DateTime64(3), " + ", ".join(f"x{n} Float64" for n in range(59)),
+        "now64(3) - number, " + ", ".join(f"sin(number / {n + 9})" for n in range(59)),
+        {"overTime": ("Y Line", ["t by 2 s"], [], ["x0"])},
+        r"-?0(\.\d+)?|-?1",
+    ),
+    "names only": ("name String", "toString(number)", {}, r"\d+"),
+}
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_a_dashboard_is_drawn_from_the_columns_of_any_table(database, start, visit, name):
+    """The table is empty at first. What a person makes of it stays."""
+    columns, values, charts, number = DASHBOARDS[name]
+    database.create_table()
+    source = f"{database.name}.mine"
+    settings = "enable_block_number_column = 1, enable_block_offset_column = 1"
+    database.client.command(
+        f"CREATE TABLE {source} ({columns}) ENGINE MergeTree ORDER BY () SETTINGS {settings}"
+    )
+    server = start(Server, "--dsn", database.dsn, "--table", "mine")
+    tab = visit(server.url, "waiting", timezone_id="America/Los_Angeles")
+    tab.page.wait_for_selector("perspective-viewer:not(.empty)")
+    database.client.command(f"INSERT INTO {source} SELECT {values} FROM numbers(300)")
+
+    def shown():
+        panels = tab.workspace()["panels"]
+        keys = ("plugin", "group_by", "split_by", "columns")
+        drawn = {name: tuple(panel[key] for key in keys) for name, panel in panels.items()}
+        return drawn.pop("rows")[3] == re.findall(r"(\w+) [A-Z]", columns) and drawn == charts
+
+    wait_until(shown, 30, lambda: tab.workspace()["panels"])
+    for panel in charts:
+        tab.wait_for_marks(panel)
+    cells = tab.wait_for_cells("rows")
+    assert all(re.fullmatch(number, row[-1 if name != "foreign exchange" else 3]) for row in cells)
+    if name == "days":  # a day is the stored one west of UTC, too
+        assert cells[0][0] == "7/30/26"
+        assert config(tab, "overTime", "columns_config")[0]["day"]["date_format"]["timeZone"]
+    tab.change("rows", title="Mine")
+    tab.page.reload()
+    wait_until(lambda: tab.cells("rows"), 30, "rows")
+    assert config(tab, "rows", "title") == ["Mine"] and shown()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -407,24 +545,36 @@ def test_the_page_opens_and_follows_over_a_slow_line(database, start, visit):
         assert "disconnected" not in server.output
 
 
+# Each message to the page's engine is held back for `slow` ms, one after the other.
+SLOW_ENGINE = """
+window.slow = 0;
+let last = Promise.resolve();
+for (const kind of [Worker, MessagePort]) {
+    const post = kind.prototype.postMessage;
+    kind.prototype.postMessage = function (...message) {
+        if (!slow) return post.apply(this, message);
+        last = last.then(() => new Promise((resolve) => setTimeout(resolve, slow)));
+        last.then(() => post.apply(this, message));
+    };
+}
+Object.defineProperty(document, "hidden", { writable: true, value: false });"""
+
+
 @pytest.mark.alone
-def test_a_page_that_falls_behind_starts_over_and_says_so(database, start, visit):
-    """The line becomes too slow for the changes: the page takes a snapshot instead."""
-    database.fill(25_000)
-    start(Script, "producer.py", "--dsn", database.dsn, "--rows", 2500)
-    port = free_port()
-    with Link(port) as link:
-        start(Server, "--dsn", database.dsn, "--allow-origin", link.url, port=port)
-        tab = visit(link.url)
-        loaded_at, sockets = tab.loaded_at(), len(tab.sockets)
-        link.bytes_per_second = 100_000
-        tab.wait_for("catchingUp", 60)
-        tab.wait_for_notice("Rows come faster than this page can take them. It starts again")
-        link.bytes_per_second = None
-        tab.wait_for("live")
-        wait_until(lambda: newest_age(tab) < 3, 30, "new rows")
-        assert tab.loaded_at() == loaded_at and len(tab.sockets) > sockets
-        assert tab.text("#notice") == ""
+def test_a_page_that_falls_behind_starts_over_and_says_so_unless_it_is_hidden(site, visit):
+    tab = visit(site.url, init=SLOW_ENGINE)
+    loaded_at = tab.loaded_at()
+    tab.page.evaluate("() => { document.hidden = true; slow = 500; }")
+    tab.page.wait_for_timeout(12_000)
+    assert len(tab.sockets) == 1
+    tab.page.evaluate("() => { document.hidden = false; }")
+    tab.wait_for("catchingUp")
+    tab.wait_for_notice("Rows come faster than this page can take them. It starts again")
+    tab.page.evaluate("() => { slow = 0; }")
+    tab.wait_for("live")
+    wait_until(lambda: newest_age(tab) < 3, 30, "new rows")
+    assert tab.loaded_at() == loaded_at and len(tab.sockets) > 1
+    assert tab.text("#notice") == ""
 
 
 @pytest.mark.alone
