@@ -1289,9 +1289,11 @@ def make_app(relay, tail, address, origins):
 # ---------------------------------------------------------------------------------------------
 # The command line.
 
-EXAMPLE = """example:
-  python perspective_server.py --dsn clickhouse://user:password@host:8123/mydb --table trades
-"""
+EPILOG = """\
+example: python perspective_server.py --dsn clickhouse://user:password@host:8123/mydb --table trades
+
+Ctrl-C, SIGTERM and SIGHUP end the server with status 0. An error that a retry cannot fix ends it
+with status 1, an option that makes no sense with status 2."""
 MAX_LIMIT = 1_000_000  # rows
 
 
@@ -1317,55 +1319,26 @@ def table_name(text):
 
 
 def parse(argv):
-    parser = producer.Parser(
-        prog="perspective_server.py", description=__doc__.splitlines()[0], epilog=EXAMPLE
-    )
+    about = __doc__.splitlines()[0]
+    parser = producer.Parser(prog="perspective_server.py", description=about, epilog=EPILOG)
     add = parser.add_argument
+    number = producer.number
+    table = {"type": table_name, "metavar": "[DATABASE.]TABLE"}
     source = parser.add_mutually_exclusive_group()
     producer.add_dsn_option(source)
-    source.add_argument(
-        "--embedded",
-        nargs="?",
-        const="",
-        metavar="PATH",
-        help="ClickHouse and producer in this process, data in PATH or a temporary folder",
-    )
-    add("--address", default="127.0.0.1", help="where to listen (default: %(default)s)")
-    add("--port", type=producer.number(int, 1, 65535), default=8080, help="default: %(default)s")
-    add(
-        "--interval",
-        type=producer.seconds,
-        default=0.25,
-        help="seconds between polls (default: %(default)s)",
-    )
-    add(
-        "--limit",
-        type=producer.number(int, 1, MAX_LIMIT),
-        default=25_000,
-        help=f"rows in the live table (default: %(default)s, at most {MAX_LIMIT})",
-    )
-    add(
-        "--table",
-        type=table_name,
-        default=(None, TABLE),
-        metavar="[DATABASE.]TABLE",
-        help=f"the MergeTree table to follow (default: {TABLE})",
-    )
-    add(
-        "--history-table",
-        type=table_name,
-        metavar="[DATABASE.]TABLE",
-        help="what the history is computed from, such as a Distributed table",
-    )
-    add(
-        "--allow-origin",
-        type=origin,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="ORIGIN",
-        help="other origins whose pages may connect, such as https://example.com",
-    )
+    embedded = "ClickHouse and producer in this process, data in PATH (default: a temporary folder)"
+    source.add_argument("--embedded", nargs="?", const="", metavar="PATH", help=embedded)
+    add("--address", default="127.0.0.1", help="where to listen (default: 127.0.0.1 and ::1)")
+    add("--port", type=number(int, 1, 65535), default=8080, help="TCP port (default: 8080)")
+    interval = "seconds between polls (default: 0.25)"
+    add("--interval", type=producer.seconds, default=0.25, metavar="SECONDS", help=interval)
+    limit = f"rows in the live table (default: 25000, at most {MAX_LIMIT})"
+    add("--limit", type=number(int, 1, MAX_LIMIT), default=25_000, metavar="ROWS", help=limit)
+    live = f"the MergeTree table to follow (default: {TABLE} in the DSN's database)"
+    add("--table", **table, default=(None, TABLE), help=live)
+    add("--history-table", **table, help="what the history is computed from, if another")
+    origins = {"nargs": "+", "action": "extend", "default": [], "metavar": "ORIGIN"}
+    add("--allow-origin", type=origin, help="whose pages may connect, besides our own", **origins)
     return parser.parse_args(argv)
 
 
