@@ -171,7 +171,8 @@ class Tail:
         self.hosted_columns = None  # the columns with which the tables were made
         self.arrived = 0  # rows that were numbered
         self.short_windows = 0  # in sequence: they had fewer rows than metadata says
-        self.version, self.next_reload = (0, 0), 0
+        self.version = (0, 0)
+        self.next_reload = 0  # when the window may be read again
         self.settings = {}  # of queries for block numbers
         self.strings = Strings()
 
@@ -300,7 +301,8 @@ class Tail:
 
     def move_cursor(self, now, count, newest):
         """Record that Perspective has the rows."""
-        self.metadata, self.arrived = now, self.arrived + count
+        self.metadata = now
+        self.arrived += count
         self.version = self.version[0], now.head
         self.health.deliver(count, newest, self.limit)
 
@@ -462,7 +464,8 @@ class Health:
 
     def compare_clocks(self, clock_ms):
         """Note how far ClickHouse's clock is ahead of this machine's."""
-        before, self.clock_ms = self.clock_ms or 0, round(clock_ms - time.time() * 1000)
+        before = self.clock_ms or 0
+        self.clock_ms = round(clock_ms - time.time() * 1000)
         if abs(self.clock_ms) > MAX_CLOCK_MS >= abs(before):
             ahead = round(self.clock_ms / 1000)
             log.warning("ClickHouse's clock is %+d s from this machine's: set one of them", ahead)
@@ -473,14 +476,16 @@ class Health:
 
     def deliver(self, count, newest, limit):
         """Note that Perspective has taken `count` rows, the newest of them stamped `newest` ms."""
-        self.rows, self.delivered = min(self.rows + count, limit), self.delivered + count
+        self.rows = min(self.rows + count, limit)
+        self.delivered += count
         self.deliveries.append((time.monotonic(), count))
         age = self.now_ms() - (newest or 0)
         plausible = newest and newest >= YEAR_2000 and age >= -60_000
         self.lag_ms = round(max(0, age)) if plausible else None
 
     def polled(self, seconds, wait):
-        self.poll_ms, self.due = round(1000 * seconds, 1), time.monotonic() + wait
+        self.poll_ms = round(1000 * seconds, 1)
+        self.due = time.monotonic() + wait
 
     def as_dict(self):
         """Return what /healthz says."""
@@ -1069,7 +1074,8 @@ class RollupThread:
         """Run the SQL when rows have changed, until `stop` is set."""
         due = 0
         while not self.stop.wait(0.1):
-            table, began = self.relay.tables.get(self.name), time.monotonic()
+            began = time.monotonic()
+            table = self.relay.tables.get(self.name)
             changed = self.version != self.tail.version or self.source
             if table is None or (table is self.table and not (changed and began >= due)):
                 continue
@@ -1136,7 +1142,8 @@ class RollupThread:
         """Apply what is different from the last run."""
         old = self.rows if table is self.table else {}
         # If Perspective fails half-way, the next run sends all rows, and removes all others.
-        self.table, self.rows = table, dict.fromkeys([*old, *rows])
+        self.table = table
+        self.rows = dict.fromkeys([*old, *rows])
         self.step = None
         gone = list(old.keys() - rows.keys())
         changed = [map(finite, row) for key, row in rows.items() if old.get(key) != row]
