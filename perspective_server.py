@@ -238,8 +238,9 @@ class Tail:
         rows = self.read_rows(blocks)
         self.version = self.version[0] + 1, now.head
         if recreate:
+            if self.hosted_columns is None:
+                self.warn_of_lost_order(blocks)
             self.hosted_columns = None
-            self.warn_of_lost_order(blocks)
             self.health.columns = self.columns
             self.health.publish()
             self.relay.host(self.table, rows, self.rollups)
