@@ -54,16 +54,18 @@ CREATE TABLE {0}.sensors (time DateTime64(3), sensor LowCardinality(String), roo
     temperature Float32, humidity Float32) ENGINE = MergeTree ORDER BY time
     SETTINGS enable_block_number_column = 1, enable_block_offset_column = 1;
 INSERT INTO {0}.sensors SELECT now64(3) - toIntervalSecond(5 * (9999 - number)) AS time,
-    concat('sensor ', toString(number % 6 + 1)), ['north', 'south', 'cellar'][number % 3 + 1],
+    concat('sensor ', toString(number % 6 + 1)),
+    ['north', 'south', 'cellar'][intDiv(number, 6) % 3 + 1],
     18 + number % 6 + 3 * sin(number / 700) + rand(1) % 100 / 200,
-    60 - number % 3 * 5 + 8 * cos(number / 900) + rand(2) % 100 / 100 FROM numbers(10000)"""
+    60 - intDiv(number, 6) % 3 * 5 + 8 * cos(number / 900) + rand(2) % 100 / 100
+    FROM numbers(10000)"""
 
 
 @contextlib.contextmanager
 def own_table():
     """A server that follows a table without rollups."""
     with tempfile.TemporaryDirectory() as folder, ClickHouseProcess(folder) as clickhouse:
-        database = Database(clickhouse)
+        database = Database(clickhouse, "greenhouse")
         database.create_table()
         for command in SENSORS.format(database.name).split(";"):
             database.client.command(command)
