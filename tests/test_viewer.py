@@ -85,7 +85,7 @@ def test_every_panel_draws_and_moves_and_agrees_with_sql(site, start, visit, tmp
                     for row in tab.rows(panel)
                 ]
                 return len(shown) == len(expected) > 2 and all(
-                    one == other or one == pytest.approx(other, rel=1e-9)
+                    one == other or one == pytest.approx(other, rel=1e-6, abs=1e-6)
                     for row, line in zip(shown, expected, strict=True)
                     for one, other in zip(row, line, strict=True)
                 )
