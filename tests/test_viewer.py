@@ -510,7 +510,7 @@ def test_the_page_keeps_up_with_100_000_rows_a_second(database, start, visit):
     making = start(Script, "producer.py", "--dsn", database.dsn, "--rows", 25_000)
     tab = visit(start(Server, "--dsn", database.dsn).url)
     ages = []
-    for panel in ("historyTable", "volumeHeatmap") * 4:
+    for panel in ("historyVolume", "volumeHeatmap") * 4:
         began = time.monotonic()
         tab.select(panel)
         tab.page.wait_for_selector(f"perspective-viewer > [slot={panel}]", state="visible")
