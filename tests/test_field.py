@@ -166,8 +166,9 @@ def test_a_limit_that_the_user_may_not_lift_is_said_once_and_followed(profiles, 
     server.wait_for("max_result_rows")
     updates = []
     for _ in range(3):
+        came = mirror.received.total()
         database.insert(20)
-        mirror.wait_for_more(20)
+        wait_until(lambda came=came: mirror.received.total() == came + 20, 30, "new rows")
         time.sleep(1.2)  # longer than the pause between two readings of the window
         updates.append(mirror.updates["stock_values"])
     assert updates[2] == updates[0] + 2
