@@ -169,6 +169,7 @@ class Tab:
 
         A dashboard whose first rows come is drawn again, perhaps at the same moment.
         """
+        self.page.wait_for_selector("perspective-viewer:not(.empty)")  # drawn for the first time
         before, due = self.stored(), 0
 
         def is_changed():
