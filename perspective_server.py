@@ -181,7 +181,7 @@ class Tail:
         if self.client is None:
             self.client = producer.connect(self.dsn, settings=SETTINGS)
         now, added = self.read_metadata()
-        if now == self.metadata and not self.strings.too_many:
+        if now == self.metadata:
             return
         if self.only_inserts(now) and self.append(now, added):
             return
@@ -204,7 +204,7 @@ class Tail:
     def only_inserts(self, now):
         """Return whether nothing but the head and the number of rows differs."""
         old = self.metadata
-        if old is None or now.head < old.head or self.strings.too_many:
+        if old is None or now.head < old.head:
             return False
         return now == old._replace(head=now.head, rows=now.rows)
 
@@ -302,7 +302,8 @@ class Tail:
 
     def move_cursor(self, now, count, newest):
         """Record that Perspective has the rows."""
-        self.metadata = now
+        # After too many strings, the next poll recreates the tables.
+        self.metadata = None if self.strings.too_many else now
         self.arrived += count
         self.version = self.version[0], now.head
         self.health.deliver(count, newest, self.limit)
@@ -435,7 +436,7 @@ class Health:
     def __init__(self, relay, database, table, interval):
         self.relay, self.database, self.table, self.interval = relay, database, table, interval
         self.state, self.reported, self.due = "down", None, time.monotonic()
-        self.columns = []  # of the live table, in the page's names
+        self.columns = {}  # of the live table
         self.rows = self.delivered = 0
         self.lag_ms = self.poll_ms = self.clock_ms = None
         self.deliveries = collections.deque(maxlen=10_000)  # (monotonic time, rows)
@@ -1124,17 +1125,17 @@ class RollupThread:
 
     def query(self, sql, step=None, cursor=None):
         """Return the columns' names and the rows of SQL with placeholders; see Rollup."""
-        text = {
+        values = {
             "source": self.source or self.tail.source,
             "now_ms": round(self.tail.health.now_ms()),
             "step": step,
             "cursor": cursor,
         }
-        changed = "" if cursor is None else CHANGED_CONDITION.format(**text)
-        text["arrival"] = "ms" if self.source else ARRIVAL_SQL
-        ticks = TICKS_SQL.format(**text, condition=changed)
-        recent = TICKS_SQL.format(**text, condition=changed + RECENT_CONDITION.format(**text))
-        sql = sql.format(**text, ticks=ticks, recent=recent)
+        changed = "" if cursor is None else CHANGED_CONDITION.format(**values)
+        values["arrival"] = "ms" if self.source else ARRIVAL_SQL
+        ticks = TICKS_SQL.format(**values, condition=changed)
+        recent = TICKS_SQL.format(**values, condition=changed + RECENT_CONDITION.format(**values))
+        sql = sql.format(**values, ticks=ticks, recent=recent)
         formats = {"DateTime64": "int"}
         result = self.client.query(sql, query_formats=formats, settings=self.tail.settings)
         return result.column_names, result.result_rows
