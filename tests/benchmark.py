@@ -77,7 +77,7 @@ def running(kind, *arguments, **options):
     script = kind(*arguments, **options)
     try:
         if kind is Server and options != {"script": ORIGINAL}:
-            wait_until(lambda: script.health()["rows"], 60, "rows")
+            wait_until(lambda: script.health()["rows"], "rows")
         yield script
     finally:
         script.stop()
@@ -355,7 +355,7 @@ def growth(clickhouse, sizes):
             Viewers(server.url) as viewers,
         ):
             came, opened = viewers.arrivals, time.monotonic()
-            wait_until(lambda came=came: came[HISTORY], 120, "the history")
+            wait_until(lambda came=came: came[HISTORY], "the history", seconds=120)
             time.sleep(max(0, opened + 20 - time.monotonic()))
             ended, gaps = time.monotonic(), []
             for name in (LIVE, TICKERS, CANDLES):
@@ -422,7 +422,7 @@ def open_page(context, url, rows=WINDOW):
     """Open a page, and wait until the grid of the newest ticks has all rows."""
     tab = context.new_page()
     tab.goto(url)
-    wait_until(lambda: tab.evaluate(WINDOW_ROWS) == rows, 120, "the window")
+    wait_until(lambda: tab.evaluate(WINDOW_ROWS) == rows, "the window", seconds=120)
     return tab
 
 
@@ -562,7 +562,7 @@ def hours(clickhouse, minutes):
             if minute:
                 tab.wait_for_timeout(60_000)
                 tab.evaluate("socket.close()")
-                wait_until(lambda: tab.evaluate("socket.readyState") == 1, 60, "a new connection")
+                wait_until(lambda: tab.evaluate("socket.readyState") == 1, "a new connection")
             sizes, rows = (tab_memory(context), server.memory()), server.health()["delivered"]
             grown = max(size - before for size, before in zip(sizes, first, strict=True))
             goal = target("<= 100 MB more", grown <= 100) if minute == minutes else ""

@@ -32,8 +32,8 @@ FLAGS = [
 ]
 
 
-# V8 optimises WebAssembly later: the tests open many pages, and each for a short time.
-OPTIMISE_LATER = "--js-flags=--wasm-tiering-budget=200000000"
+# V8 does not optimise WebAssembly: the tests open many pages, and each for a short time.
+QUICK_START = "--js-flags=--liftoff-only"
 
 
 @contextlib.contextmanager
@@ -61,7 +61,7 @@ class Tab:
 
     def __init__(self, context, init=None):
         self.page = context.new_page()
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(60_000)
         self.complaints, self.urls, self.sockets = [], [], []
         self.forgiven = None  # a pattern of complaints that the test provokes
         self.page.on("console", self._console)
@@ -78,16 +78,17 @@ class Tab:
     def check(self):
         """Nothing in the console, and no other host was asked for anything."""
         pattern = self.forgiven or "$^"
-        assert [text for text in self.complaints if not re.search(pattern, text)] == []
+        complaints = [text for text in self.complaints if not re.search(pattern, text)]
+        assert not complaints, complaints
         urls = map(urlsplit, self.urls + self.sockets)
         hosts = {url.hostname for url in urls if url.scheme not in ("data", "blob", "file")}
         assert hosts <= {"localhost", "127.0.0.1"}
 
-    def wait_for(self, state, seconds=30):
+    def wait_for(self, state, seconds=60):
         """Wait until the status line says so."""
         self.page.wait_for_selector(f"#state.{state}", timeout=1000 * seconds)
 
-    def wait_for_notice(self, text, seconds=30):
+    def wait_for_notice(self, text, seconds=60):
         self.page.wait_for_selector(f'#notice:has-text("{text}")', timeout=1000 * seconds)
 
     def text(self, selector):
@@ -112,11 +113,11 @@ class Tab:
     def wait_for_cells(self, panel="newestTicks"):
         """Wait until the dashboard is there and a grid has rows."""
         self.page.wait_for_selector("perspective-viewer:not(.empty)")
-        return wait_until(lambda: self.cells(panel), 30, f"rows in {panel}")
+        return wait_until(lambda: self.cells(panel), f"rows in {panel}")
 
     def wait_for_other_cells(self, panel="newestTicks", before=None):
         before = before or self.wait_for_cells(panel)
-        wait_until(lambda: self.cells(panel) != before, 30, f"other rows in {panel}")
+        wait_until(lambda: self.cells(panel) != before, f"other rows in {panel}")
 
     def picture(self, panel):
         """A chart as PNG."""
@@ -130,7 +131,7 @@ class Tab:
             picture = self.picture(panel)
             return picture != other_than and coloured(picture) > least and picture
 
-        return wait_until(marks, 30, f"marks in {panel}")
+        return wait_until(marks, f"marks in {panel}")
 
     def rows(self, panel="newestTicks"):
         """All that a panel's view holds, as a list of {column: value}."""
@@ -157,7 +158,7 @@ class Tab:
             with contextlib.suppress(Error):  # it is just being drawn
                 return self.page.evaluate(f"{VIEWER}.saveWorkspace()")
 
-        return wait_until(saved, 30, "a workspace")
+        return wait_until(saved, "a workspace")
 
     def restore(self, panel, **config):
         """Change a panel as its settings do, without waiting for the result."""
@@ -179,13 +180,13 @@ class Tab:
                 due = time.monotonic() + 8
             return self.stored() != before and self.is_stored()
 
-        wait_until(is_changed, 30, "it is stored")
+        wait_until(is_changed, "it is stored")
 
     def after(self, gesture):
         """Change something, and wait until the page has stored that."""
         before = self.stored()
         gesture()
-        wait_until(lambda: self.stored() != before and self.is_stored(), 30, "it is stored")
+        wait_until(lambda: self.stored() != before and self.is_stored(), "it is stored")
 
     def is_stored(self):
         """Whether what is stored is the layout as it is now."""
@@ -232,7 +233,7 @@ class Tab:
             with contextlib.suppress(Error):  # it is between two pages
                 return self.loaded_at() != before
 
-        wait_until(is_another, 30, "the page loads itself anew")
+        wait_until(is_another, "the page loads itself anew")
 
     def loaded_at(self):
         """Another number after each loading of the page."""

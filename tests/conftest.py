@@ -56,7 +56,7 @@ def now_ms():
     return int(time.time() * 1000)
 
 
-def wait_until(check, seconds=30, what=None):
+def wait_until(check, what=None, seconds=60):
     """Call `check` until it returns something true, and return that; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
@@ -92,9 +92,9 @@ class Script:
     def output(self):
         return "\n".join(self.lines)
 
-    def wait_for(self, text, seconds=30):
+    def wait_for(self, text, seconds=60):
         """Wait until `text` has been printed."""
-        wait_until(lambda: text in self.output, seconds, f"{text!r} in\n{self.output}")
+        wait_until(lambda: text in self.output, f"{text!r} in\n{self.output}", seconds)
 
     def wait(self, seconds=60):
         """Wait for the end; returns the exit status."""
@@ -152,7 +152,7 @@ class Server(Script):
         """GET a path; returns (status, headers, body)."""
         request = urllib.request.Request(self.url + path, headers=headers or {})
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.status, answer.headers, answer.read()
         except urllib.error.HTTPError as error:
             with error:
@@ -161,9 +161,9 @@ class Server(Script):
     def health(self):
         return json.loads(self.get("/healthz")[2])
 
-    def wait_for_delivered(self, rows, seconds=30):
+    def wait_for_delivered(self, rows, seconds=60):
         wait_until(
-            lambda: self.health()["delivered"] >= rows, seconds, f"{rows} rows in {self.health()}"
+            lambda: self.health()["delivered"] >= rows, f"{rows} rows in {self.health()}", seconds
         )
 
 
@@ -222,7 +222,7 @@ class Connection:
         self.thread.start()
         self.run(self._connect())
 
-    def run(self, coroutine, seconds=30):
+    def run(self, coroutine, seconds=60):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(seconds)
 
     async def _connect(self):
@@ -355,13 +355,13 @@ class Mirror:
         """The one row of the status table, None if it did not come yet."""
         return next(iter(self.table(STATUS).values()), None)
 
-    def wait_for_rows(self, rows, seconds=30):
-        wait_until(lambda: len(self.table(self.live)) == rows, seconds, f"{rows} rows")
+    def wait_for_rows(self, rows, seconds=60):
+        wait_until(lambda: len(self.table(self.live)) == rows, f"{rows} rows", seconds)
 
-    def wait_for_more(self, rows, seconds=30):
+    def wait_for_more(self, rows, seconds=60):
         """Wait until so many rows came in deltas from now on."""
         rows += self.received.total()
-        wait_until(lambda: self.received.total() >= rows, seconds, f"{rows} rows")
+        wait_until(lambda: self.received.total() >= rows, f"{rows} rows", seconds)
 
     def close(self):
         self.ended.set()
@@ -460,7 +460,7 @@ def follow(start, dsn, *options, mirrors=1, live="stock_values", complete=True, 
     server = start(Server, "--dsn", dsn, "--interval", 0.05, *options, **more)
     viewers = [start(Mirror, server.url, live) for _ in range(mirrors)]
     if complete:
-        wait_until(lambda: all(viewer.snapshots for viewer in viewers), 30, lambda: server.output)
+        wait_until(lambda: all(viewer.snapshots for viewer in viewers), lambda: server.output)
     return server, viewers
 
 
@@ -541,9 +541,9 @@ def site(clickhouse, start_once):
 
 @pytest.fixture(scope="module")
 def browser():
-    from browser import OPTIMISE_LATER, launched  # here, as that module imports this one
+    from browser import QUICK_START, launched  # here, as that module imports this one
 
-    with launched(OPTIMISE_LATER) as browser:
+    with launched(QUICK_START) as browser:
         if browser is None:
             end = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
             end("no Chromium: install it, or run `playwright install chromium`")

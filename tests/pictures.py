@@ -82,7 +82,7 @@ def main():
         page.screenshot(path=IMAGES / "own-table.png")
     with running(Server, "--embedded") as server, launched() as browser:
         time.sleep(WARM_UP)
-        wait_until(lambda: server.health()["rows"] == 25_000, 60, "a full window")
+        wait_until(lambda: server.health()["rows"] == 25_000, "a full window")
         for scheme in ("light", "dark"):
             with shown(browser, server, 1440, 900, scheme) as page:
                 page.screenshot(path=IMAGES / f"dashboard-{scheme}.png")

@@ -86,7 +86,7 @@ class Soak:
         self.head = max(self.came_after(0).column("_block_number").to_pylist())
         self.start_server()
         self.viewers = [Viewer(self.server.url) for _ in range(options.viewers)]
-        wait_until(lambda: all(viewer.snapshots for viewer in self.viewers), 30, "all mirrors")
+        wait_until(lambda: all(viewer.snapshots for viewer in self.viewers), "all mirrors")
 
     def start_server(self):
         options = ("--dsn", self.dsn(self.to_read), "--limit", self.limit)

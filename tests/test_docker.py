@@ -118,7 +118,7 @@ def engine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
     engine = Engine(folder)
     try:
-        wait_until((folder / "docker.sock").exists, 60, folder / "log")
+        wait_until((folder / "docker.sock").exists, folder / "log")
         engine.make_images(tmp_path_factory.mktemp("image"))
         yield engine
     finally:

@@ -209,7 +209,7 @@ class Source:
             )
 
         try:
-            wait_until(agrees, 30, mirror.status)
+            wait_until(agrees, mirror.status)
         except pytest.fail.Exception:
             assert self.arrived(mirror) == self.newest()  # says what differs
             raise
@@ -269,11 +269,11 @@ def test_rows_of_any_schema_arrive_once_through_inserts_merges_mutations_and_an_
     source.columns["new name"] = source.columns.pop(renamed)
     source.columns = {"added": TEXT} | source.columns
     source.agree(mirror)
-    wait_until(lambda: mirror.snapshots > 1, 20, "the mirror came back")
+    wait_until(lambda: mirror.snapshots > 1, "the mirror came back")
     source.insert(3)
     source.agree(mirror)
     if rollups:
-        wait_until(lambda: {*mirror.table("trades_tickers")} == {"A", "B"}, 60)
+        wait_until(lambda: {*mirror.table("trades_tickers")} == {"A", "B"})
     assert "Traceback" not in server.output
 
 
@@ -328,7 +328,7 @@ def test_a_missing_table_and_then_its_block_numbers_are_waited_for(database, sta
     server.wait_for(f"no table {database.name}.{name}, waiting for it")
     source = Source(database, SCHEMAS["sensors"], name, settings="")
     source.insert(10)
-    server.wait_for("ALTER TABLE", 20)
+    server.wait_for("ALTER TABLE")
     status, _, body = server.get("/healthz")
     assert (status, json.loads(body)["clickhouse"], mirror.snapshots) == (503, "no table", 0)
     [line] = [line for line in server.lines if "ALTER TABLE" in line]
@@ -356,7 +356,7 @@ def test_a_user_is_told_the_grant_that_is_missing(start, tmp_path):
         source.agree(start(Mirror, servers["reader"].url, live="trades"))
         told = re.compile(r"(?i)grant.*\btrades\b")  # ClickHouse hides the table from this user
         stranger = servers["stranger"]
-        wait_until(lambda: told.search(stranger.output), 30, lambda: stranger.output)
+        wait_until(lambda: told.search(stranger.output), lambda: stranger.output)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_names_that_look_like_sql_read_nothing_else_and_change_nothing(clickhous
         def volume():
             return sum(row["volume"] for row in mirror.table(f"{name}_tickers").values())
 
-        wait_until(lambda: volume() == sum(range(10)), 60, "the tickers of these rows alone")
+        wait_until(lambda: volume() == sum(range(10)), "the tickers of these rows alone")
         assert other.newest() == before
     finally:
         source.run(f"DROP DATABASE {identifier(name)}")
@@ -416,7 +416,7 @@ def test_a_million_new_strings_in_bounded_memory(database, start, tmp_path):
         used.append(server.memory())
         if source.inserted % 30_000 == 0:
             source.agree(mirror)
-            wait_until(lambda last=returned: mirror.snapshots > last, 30, "it came back by itself")
+            wait_until(lambda last=returned: mirror.snapshots > last, "it came back by itself")
             returned = mirror.snapshots
     # The strings alone would take 400 MB.
     assert max(used) - used[0] < 200, used
@@ -447,7 +447,7 @@ def wait_for_grid(tab, columns, first):
                 return False
             return first.items() <= dict(zip(columns, rows[0], strict=True)).items()
 
-    wait_until(shows, 30, f"{columns} {first}")
+    wait_until(shows, f"{columns} {first}")
 
 
 @pytest.mark.alone
@@ -465,7 +465,7 @@ def test_the_page_stays_when_tables_are_recreated_for_too_many_strings(
     chart = {"table": "trades", "plugin": "Y Line", "group_by": ["n"], "columns": ["slot"]}
     tab.after(lambda: tab.page.evaluate(f"(panel) => {VIEWER}.addPanel(panel)", chart))
     tab.page.click("#theme")
-    wait_until(lambda: tab.themes()[2] == {"Pro Dark"}, 30, "dark")
+    wait_until(lambda: tab.themes()[2] == {"Pro Dark"}, "dark")
     workspace, loaded_at = tab.workspace(), tab.loaded_at()
     page = tab.page
     for recreated in (1, 2):
@@ -475,7 +475,7 @@ def test_the_page_stays_when_tables_are_recreated_for_too_many_strings(
             source.agree(mirror)
         began = time.monotonic()
         newest = source.newest()[-1]
-        wait_until(lambda n=newest: tab.cells("rows")[:1] == [[f"{n[0]:,}", n[1]]], 30, newest)
+        wait_until(lambda n=newest: tab.cells("rows")[:1] == [[f"{n[0]:,}", n[1]]], newest)
         assert time.monotonic() - began < 2
         tab.wait_for_cells("rows")  # the chart has been restored, too
         assert not differences(tab.workspace(), workspace)
@@ -519,7 +519,7 @@ def test_the_page_shows_pivots_charts_and_remembers_any_schema(
         f"SELECT count() FROM {source.full_name} GROUP BY {identifier(group)} ORDER BY 1"
     ).result_rows
     expected = [*(count for (count,) in counts), 34]
-    wait_until(lambda: sorted(row["n"] for row in tab.rows("rows")) == expected, 30, expected)
+    wait_until(lambda: sorted(row["n"] for row in tab.rows("rows")) == expected, expected)
     tab.change("rows", **{"group_by": [], "aggregates": {}} | chart)
     tab.wait_for_marks("rows")
     tab.page.reload()

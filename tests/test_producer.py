@@ -1,7 +1,6 @@
 """The producer: a market, a table, a steady pace, and each batch stored once, whatever happens."""
 
 import collections
-import functools
 import re
 import shlex
 import signal
@@ -26,7 +25,6 @@ WINDOW = "non_replicated_deduplication_window = 100000"
 INDEX = "add_minmax_index_for_block_number_column = 1, add_minmax_index_for_block_offset_column = 1"
 FITS = f"ENGINE = MergeTree ORDER BY timestamp SETTINGS {BLOCKS}, {WINDOW}"
 UNRELATED = "index_granularity = 8192"
-until = functools.partial(wait_until, seconds=30)
 
 
 @pytest.fixture
@@ -55,12 +53,14 @@ def produce(start):
 
 
 def until_printed(script, text, times):
-    until(lambda: script.output.count(text) >= times, what=f"{times} {text!r} in {script.lines}")
+    wait_until(
+        lambda: script.output.count(text) >= times, what=f"{times} {text!r} in {script.lines}"
+    )
 
 
 def until_rows(database):
     count = "SELECT count() FROM system.parts WHERE active AND rows AND table LIKE 'stock%'"
-    until(lambda: database.command(f"{count} AND database = '{database.name}'"), what="rows")
+    wait_until(lambda: database.command(f"{count} AND database = '{database.name}'"), what="rows")
 
 
 def drawn(seed, rows, batches):
@@ -286,18 +286,20 @@ def test_every_fault_on_the_way_is_survived(produce, database, proxy):
         fault(*arguments, when=is_insert, times=times)
         assert proxy.wait(done, 30)
         until_printed(script, "ClickHouse is back", back + 1)
-    until(lambda: len({*outages()}) == 1)
+    wait_until(lambda: len({*outages()}) == 1)
     before, _ = outages()
     proxy.refuse()
     until_printed(script, "ClickHouse is away", before + 1)
     away, connections = time.time() * 1000, proxy.connections
-    until(lambda: proxy.connections >= connections + 3)  # some attempts, but one line
+    wait_until(lambda: proxy.connections >= connections + 3)  # some attempts, but one line
     back = time.time() * 1000
     proxy.pass_on()
     until_printed(script, "ClickHouse is back", before + 1)
     enough = database.count() + 40_000
-    until(lambda: database.count() > enough)
-    until(lambda: len({*outages()}) == 1)  # one line each; a slow machine may have more of them
+    wait_until(lambda: database.count() > enough)
+    wait_until(
+        lambda: len({*outages()}) == 1
+    )  # one line each; a slow machine may have more of them
     assert script.stop() == 0
     assert stored(database) == drawn(11, 4000, written(script) // 4000)
     # No tick was drawn meanwhile, so nothing piles up and no tick is older than its batch.
@@ -313,7 +315,7 @@ def test_three_producers_outlive_a_crash_of_clickhouse(produce, tmp_path):
         dsn = process.dsn_of(database.name, port=proxy.port)
         proxy.drop_answer(when=is_insert, times=9)
         scripts = [produce(dsn, *options, seed) for seed in (1, 2, 3)]
-        until(lambda: proxy.faults >= 9)
+        wait_until(lambda: proxy.faults >= 9)
         process.kill()
         process.start()
         assert [script.wait(60) for script in scripts] == [0, 0, 0]
@@ -374,7 +376,7 @@ def test_a_signal_ends_it_within_3_seconds(produce, database, proxy, number, fau
         script.wait_for("ClickHouse is away")
     elif fault:
         getattr(proxy, fault)(*[1] * (fault == "delay"), when=is_insert)
-        until(lambda: proxy.faults)
+        wait_until(lambda: proxy.faults)
     assert script.stop(number, seconds=3) == 0
     batches = written(script, confirmed=fault in (None, "delay")) // 50
     # A batch that was not confirmed may have been stored all the same.
@@ -386,7 +388,7 @@ def test_a_signal_ends_it_within_3_seconds(produce, database, proxy, number, fau
 def test_a_signal_before_clickhouse_is_there_ends_it(produce, proxy, number, fault):
     getattr(proxy, fault)()
     script = produce(proxy.dsn)
-    until(lambda: proxy.faults)
+    wait_until(lambda: proxy.faults)
     assert script.stop(number, seconds=3) == 0
     assert written(script) == 0
 
@@ -434,7 +436,7 @@ def test_help_is_enough_to_use_it(produce, database):
 def test_an_embedded_engine_keeps_what_was_written(produce, tmp_path):
     """Stopped in the middle; another process reads it."""
     script = produce(f"chdb://{tmp_path}", "--interval", 0.001, "--rows", 100, "--seed", 17)
-    until(lambda: list(tmp_path.glob("store/*/*/all_*_*_1")))
+    wait_until(lambda: list(tmp_path.glob("store/*/*/all_*_*_1")))
     assert script.stop(signal.SIGINT) == 0
     with ClickHouseProcess(tmp_path) as process:
         database = Database(process)

@@ -61,7 +61,7 @@ def test_the_commands(start, database):
 def test_the_idea_runs_as_it_stands(database, start, visit, tmp_path, monkeypatch):
     """With stock clients: Perspective's in Python, and the page in a browser."""
     start(Script, "producer.py", "--dsn", database.dsn)
-    wait_until(lambda: database.client.command(f"EXISTS {database.name}.stock_values"), 60)
+    wait_until(lambda: database.client.command(f"EXISTS {database.name}.stock_values"))
     port = free_port()
     dsn = "clickhouse://admin:admin1234@localhost:8123/test"
     ours = {dsn: database.dsn, "'test'": f"'{database.name}'", "8080": port}
@@ -70,7 +70,7 @@ def test_the_idea_runs_as_it_stands(database, start, visit, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     start(Script, tmp_path / "idea.py")
     url = f"http://localhost:{port}"
-    viewer = wait_until(lambda: connected(start, url), 60)
+    viewer = wait_until(lambda: connected(start, url))
     table = viewer.table()
     before = viewer.run(table.size())
     wait_until(lambda: viewer.run(table.size()) > before)
@@ -92,11 +92,11 @@ def test_the_mirror_in_python_runs_as_it_stands(database, start, tmp_path):
     start(Script, "producer.py", "--dsn", database.dsn)
     server = start(Server, "--dsn", database.dsn)
     viewer = start(Mirror, server.url)
-    wait_until(lambda: viewer.table("stock_values_tickers"), 60, lambda: server.output)
+    wait_until(lambda: viewer.table("stock_values_tickers"), lambda: server.output)
     program = tmp_path / "mirror.py"
     program.write_text(adapted(marked("python mirror"), {"8080": server.port}))
     running = start(Script, program)
-    wait_until(lambda: running.output.count('"AAPL.N"') >= 3, 60, running.lines)
+    wait_until(lambda: running.output.count('"AAPL.N"') >= 3, running.lines)
     assert "Traceback" not in running.output
 
 
@@ -137,7 +137,7 @@ def test_a_rollup_and_a_panel_of_ones_own(database, start, visit, tmp_path):
     expected = client.command(
         f"SELECT uniqExact(sensor, toStartOfMinute(at)) FROM {database.name}.temperatures"
     )
-    wait_until(lambda: len(mirror.table("temperatures_minutes")) == expected, 60)
+    wait_until(lambda: len(mirror.table("temperatures_minutes")) == expected)
     mirror.wait_for_rows(600)
     visit(server.url, None).wait_for_marks("minutes")
 

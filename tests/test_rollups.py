@@ -149,7 +149,7 @@ def agree(database, mirror, names=("tickers", "candles", "history"), ticks=None)
             by_hand = {step: rounded(history(ticks, step)) for step in STEPS}
         else:
             by_hand = {1: rounded({"tickers": tickers, "candles": candles}[name](ticks))}
-        step = wait_until(functools.partial(equal, mirror, name, by_hand), 60, name)
+        step = wait_until(functools.partial(equal, mirror, name, by_hand), name)
     return step
 
 
@@ -201,7 +201,7 @@ def test_late_rows_ties_odd_prices_wrong_clocks_changes_and_a_truncate(table, st
         agree(table, mirror)
     table.command("TRUNCATE TABLE stock_values")
     for name in COLUMNS:
-        wait_until(lambda name=name: mirrored(mirror, name) == {}, 20, name)
+        wait_until(lambda name=name: mirrored(mirror, name) == {}, name)
     insert(table, draw(4, 50, now - MINUTE, now))
     agree(table, mirror)
     assert server.health()["clickhouse"] == "up"
@@ -246,7 +246,7 @@ def test_of_5_000_tickers_those_with_the_most_volume_are_shown(table, start, qui
     volume = {ticker: values[-1] for (ticker,), values in tickers(ticks).items()}
     by_volume = sorted(volume, key=lambda ticker: (-volume[ticker], ticker))
     top, rest = set(by_volume[:3333]), set(by_volume[3334:])  # six rows each; the next has two
-    wait_until(lambda: len(mirrored(mirror, "candles")) == MAX_ROWS, 30, "candles")
+    wait_until(lambda: len(mirrored(mirror, "candles")) == MAX_ROWS, "candles")
     found = mirrored(mirror, "candles")
     assert found.items() <= rounded(candles(ticks)).items()
     shown = collections.Counter(ticker for _, ticker in found)
@@ -319,13 +319,13 @@ def test_a_fourth_rollup_is_one_entry_and_a_failing_one_is_said_once(table, star
         expected = collections.Counter()
         for tick in ticks_of(table):
             expected[tick.client] += tick.volume
-        wait_until(lambda expected=expected: clients() == expected, 20, "the fourth rollup")
+        wait_until(lambda expected=expected: clients() == expected, "the fourth rollup")
     assert mirror.table("stock_values_broken") == {}
     # Rows that are gone are removed even after a failure.
     insert(table, [Tick(now_ms(), "ODD", "x", volume=7), Tick(now_ms(), "B", "x")])
     server.wait_for("rollup stock_values_odd failed")
     table.command("DELETE FROM stock_values WHERE ticker != 'B'")
-    wait_until(lambda: {*mirror.table("stock_values_odd")} == {"B"}, 30, "the row that is left")
+    wait_until(lambda: {*mirror.table("stock_values_odd")} == {"B"}, "the row that is left")
     for name in ("broken", "unknown", "lost"):
         assert server.output.count(f"rollup stock_values_{name} ") == 1
     assert server.health()["clickhouse"] == "up"
@@ -347,11 +347,11 @@ def test_a_slow_rollup_rests_and_holds_up_neither_the_others_nor_the_ticks(table
     server, [mirror] = follow(start, table.dsn, script=script)
     start(Script, "producer.py", "--dsn", table.dsn, "--interval", 0.1, "--rows", 20)
     updates = mirror.updates
-    wait_until(lambda: updates["stock_values_tired"] > 1, 60, "the tired one")
+    wait_until(lambda: updates["stock_values_tired"] > 1, "the tired one")
     tickers, tired = updates["stock_values_tickers"], updates["stock_values_tired"]
     mirror.gaps.clear()
     began = time.monotonic()
-    wait_until(lambda: updates["stock_values_tired"] >= tired + 2, 60)
+    wait_until(lambda: updates["stock_values_tired"] >= tired + 2)
     took = time.monotonic() - began
     assert took > 2 * 0.3 / 0.1 - 1
     assert updates["stock_values_tickers"] - tickers >= 3

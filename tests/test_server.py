@@ -45,7 +45,7 @@ def requests_through(proxy):
 # /healthz, and the status table, which says the same.
 
 
-def wait_for_report(server, mirror, seconds=30, **expected):
+def wait_for_report(server, mirror, seconds=60, **expected):
     """Wait until /healthz and a mirror of the status say what is expected; returns the former.
 
     Whatever it says, its form and its HTTP status must be right.
@@ -61,7 +61,7 @@ def wait_for_report(server, mirror, seconds=30, **expected):
         row = next(iter(mirror.table(mirror.live).values()), {})
         return all(said[name] == row.get(name) == value for name, value in expected.items())
 
-    wait_until(agree, seconds, (expected, said))
+    wait_until(agree, (expected, said), seconds)
     return said
 
 
@@ -156,9 +156,9 @@ def test_nobody_looks_so_it_polls_every_five_seconds_and_the_first_viewer_is_fre
         table.insert(10)
         with contextlib.closing(Mirror(server.url)) as mirror:
             mirror.wait_for_rows(10)
-            wait_until(lambda: mirror.table("stock_values_history"), 20)
+            wait_until(lambda: mirror.table("stock_values_history"))
             times = requests_through(proxy)
-            wait_until(lambda: len(times) >= 10, 20)
+            wait_until(lambda: len(times) >= 10)
             assert 1.2 < times[9] - times[0] < 4  # --interval holds
         wait_until(lambda: server.health()["viewers"] == 0)
 
@@ -203,15 +203,15 @@ def test_a_user_who_may_only_read_is_enough_and_polling_is_not_logged(guarded, s
         dsn = guarded.dsn_of("test", user, port=proxy.port)
         server = start(Server, "--dsn", dsn, "--interval", 0.05)
         mirror = start(Mirror, server.url)
-        wait_until(lambda: mirror.snapshots, 20)
+        wait_until(lambda: mirror.snapshots)
         database.insert(100)
         database.insert(50, now_ms() - 1000)
-        wait_until(lambda: mirror.rows() == database.rows(), 20)
+        wait_until(lambda: mirror.rows() == database.rows())
         database.command("DELETE FROM stock_values WHERE volume % 100000 = 3")
-        wait_until(lambda: mirror.rows() == database.rows(), 20)
+        wait_until(lambda: mirror.rows() == database.rows())
         names = {STATUS, *(f"stock_values_{name}" for name in ("tickers", "candles", "history"))}
         assert mirror.tables.keys() == names | {"stock_values"}
-        wait_until(lambda: all(map(mirror.table, names)), 60)
+        wait_until(lambda: all(map(mirror.table, names)))
         assert server.health()["clickhouse"] == "up"
         assert "readonly" not in server.output
         # The engine of the tests lets everybody read system tables, so look at what is read.
@@ -252,7 +252,7 @@ def both(start, dsn, **env):
 def work(*scripts):
     for script in scripts:
         if isinstance(script, Server):
-            script.wait_for("following test_", 20)
+            script.wait_for("following test_")
         else:
             assert script.wait() == 0, script.output
 
@@ -269,7 +269,7 @@ def test_the_proxy_of_the_environment_is_never_asked_for_this_machine(table, sta
         work(*works[0], *works[1])
         assert explicit.asked == {f"localhost:{port}"}
         for script in away:  # NO_PROXY is kept
-            script.wait_for("ClickHouse is away", 20)
+            script.wait_for("ClickHouse is away")
         assert proxy.asked == set()
         work(*both(start, b, **upper))  # for other hosts the proxy is asked
         assert proxy.asked == {f"b.invalid:{port}"}
@@ -381,7 +381,7 @@ def test_dsn_options_that_the_driver_does_not_take_end_both_scripts(start):
     dsn = f"clickhouse://u:s3cret@127.0.0.1:{free_port()}/test"
     options = ("foo=1", "compress=very", "connect_timeout=soon")
     for script in [script for option in options for script in both(start, f"{dsn}?{option}")]:
-        wait_until(lambda script=script: script.process.poll() is not None, 30, script.lines)
+        wait_until(lambda script=script: script.process.poll() is not None, script.lines)
         assert script.wait() in (1, 2)
         assert re.match(r"(producer|perspective_server).py: ", script.lines[-1])
         assert "s3cret" not in script.output
@@ -451,7 +451,7 @@ def test_a_signal_while_a_poll_hangs_and_a_viewer_reads_nothing(table, start):
         server = start(Server, "--dsn", dsn, "--interval", 0.05)
         viewers = [start(Connection, server.url) for _ in range(2)]
         deaf = start(Mirror, server.url)
-        wait_until(lambda: deaf.snapshots, 20)
+        wait_until(lambda: deaf.snapshots)
         deaf.loop.call_soon_threadsafe(release.wait, 60)
         for blocks in range(1, 4):
             table.insert(25_000)
@@ -468,7 +468,7 @@ def test_a_signal_while_a_poll_hangs_and_a_viewer_reads_nothing(table, start):
 def test_a_closed_terminal_while_the_embedded_engine_runs(start, tmp_path):
     options = ("--interval", 0.05, "--embedded")
     server = start(Server, *options, env={"TMPDIR": str(tmp_path)})
-    wait_until(start(Mirror, server.url).rows, 20)
+    wait_until(start(Mirror, server.url).rows)
     assert "no table" not in server.output  # nothing is to be done about that here
     ends_well(server, signal.SIGHUP)
     assert list(tmp_path.iterdir()) == []
@@ -484,7 +484,7 @@ def test_embedded_keeps_every_row_even_when_killed(start, tmp_path):
         server = start(Server, "--embedded", path, "--limit", 100_000)
         with contextlib.closing(Mirror(server.url)) as mirror:
             enough = rows.total() + 500
-            wait_until(lambda m=mirror, enough=enough: m.rows().total() >= enough, 30)
+            wait_until(lambda m=mirror, enough=enough: m.rows().total() >= enough)
             assert rows <= mirror.rows()
             rows = mirror.rows()
             if killed:
@@ -504,11 +504,11 @@ def test_viewers_of_two_servers_agree(table, start):
     batches = ["--batches", 10, "--rows", 500, "--interval", 0.1]
     assert start(Script, "producer.py", "--dsn", table.dsn, *batches).wait() == 0
     newest = table.rows("ORDER BY _block_number DESC, _block_offset DESC LIMIT 2000")
-    wait_until(lambda: all(mirror.rows() == newest for mirror in mirrors), 20)
+    wait_until(lambda: all(mirror.rows() == newest for mirror in mirrors))
 
     def agree():
         names = ("stock_values_tickers", "stock_values_candles")
         one, other = [[mirror.table(name) for name in names] for mirror in mirrors]
         return len(one[0]) > 10 and one == other
 
-    wait_until(agree, 60)
+    wait_until(agree)
