@@ -77,6 +77,7 @@ class Tab:
 
     def check(self):
         """Nothing in the console, and no other host was asked for anything."""
+        self.page.wait_for_timeout(1)  # Playwright reports what has come
         pattern = self.forgiven or "$^"
         complaints = [text for text in self.complaints if not re.search(pattern, text)]
         assert not complaints, complaints

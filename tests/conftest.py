@@ -572,9 +572,11 @@ def visit(browser):
         return tab
 
     yield open_tab
-    for tab in tabs:
-        tab.page.goto("about:blank")  # so that no page that is closed loses its graphics first
-    for context in contexts:
-        context.close()
-    for tab in tabs:
-        tab.check()
+    try:
+        for tab in tabs:
+            tab.check()
+    finally:
+        for tab in tabs:
+            tab.page.goto("about:blank")  # so that no page that is closed loses its graphics first
+        for context in contexts:
+            context.close()

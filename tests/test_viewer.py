@@ -331,6 +331,28 @@ def test_the_server_is_killed_and_comes_back(site, start, visit):
         assert tab.cells(mine)
 
 
+@pytest.mark.long
+def test_the_page_outlives_thirty_restarts_of_the_server(site, start, visit):
+    server = start(Server, *site.options)
+    tab = visit(server.url)
+    tab.forgiven = LOST
+    loaded_at = tab.loaded_at()
+    for _ in range(30):
+        server.kill()
+        server = start(Server, *site.options, port=server.port)
+        wait_until(lambda server=server: server.health()["viewers"], "the page")
+        tab.wait_for("live")
+    assert tab.loaded_at() == loaded_at and tab.text("#notice") == ""
+    with site.paused():
+        sql = f"SELECT sum(volume) FROM (SELECT volume {WINDOW} {Site.limit})"
+
+        def agrees():
+            [[volume]] = site.database.ask(sql)
+            return sum(row["volume"] for row in tab.rows()) == volume
+
+        wait_until(agrees, "the newest rows, each once")
+
+
 @pytest.mark.alone
 def test_a_connection_that_forwards_nothing_is_replaced(site, start, visit):
     port = free_port()
@@ -575,6 +597,19 @@ def test_a_page_that_falls_behind_starts_over_and_says_so_unless_it_is_hidden(si
     wait_until(lambda: newest_age(tab) < 3, "new rows")
     assert tab.loaded_at() == loaded_at and len(tab.sockets) > 1
     assert tab.text("#notice") == ""
+
+
+@pytest.mark.alone
+def test_a_processor_six_times_as_slow_keeps_up(site, visit):
+    tab = visit("about:blank", None)
+    session = tab.page.context.new_cdp_session(tab.page)
+    session.send("Emulation.setCPUThrottlingRate", {"rate": 6})
+    tab.page.goto(site.url)
+    tab.wait_for("live")
+    wait_until(lambda: newest_age(tab) < 3, "new rows")
+    tab.page.wait_for_timeout(12_000)  # a page that falls behind says so after eight
+    wait_until(lambda: newest_age(tab) < 3, "new rows")
+    assert len(tab.sockets) == 1 and tab.text("#notice") == ""
 
 
 @pytest.mark.alone
