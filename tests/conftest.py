@@ -387,8 +387,9 @@ def decoded(arrow):
 
 
 def as_tick(row):
-    """A row as a tuple in the order of COLUMNS."""
-    return tuple(row.get(name) for name in COLUMNS)
+    """A row as a tuple in the order of COLUMNS; prices with the seven digits of a Float32."""
+    values = map(row.get, COLUMNS)
+    return tuple(float(f"{v:.7g}") if isinstance(v, float) else v for v in values)
 
 
 def counted(arrow):

@@ -5,7 +5,7 @@ import re
 import time
 
 import pytest
-from browser import CHARTS, GRIDS, LOST, SHOWN, VIEWER, differences
+from browser import CHARTS, GRIDS, LOST, SHOWN, VIEWER, coloured, differences
 from clickhouse_http import ClickHouseProcess
 from conftest import (
     QUICK_HISTORY,
@@ -95,7 +95,11 @@ def test_every_panel_draws_and_moves_and_agrees_with_sql(site, start, visit, tmp
             [f"{last:,.2f}", signed(change), f"{high:,.2f}", f"{low:,.2f}", f"{volume:,}"]
             for _, last, change, high, low, volume in site.database.ask(BY_SQL["tickers"])
         ]
-        wait_until(lambda: [row[1:] for row in tab.cells("tickers")] == tickers, tickers)
+
+        def cells():
+            return [row[1:] for row in tab.cells("tickers")]
+
+        wait_until(lambda: cells() == tickers, lambda: (cells(), tickers))
 
         [[ticks, volume]] = site.database.ask("SELECT count(), sum(volume) FROM stock_values")
         wait_until(lambda: total(tab, "ticks") == ticks, f"{ticks} ticks in the history")
@@ -167,7 +171,7 @@ def test_the_dashboard_follows_the_data(database, start, visit):
     assert config(tab, "historyClose", "title") == ["T39 history"]
     [[largest]] = config(tab, "volumeHeatmap", "filter")
     assert largest == ["ticker", "in", [f"T{n}" for n in range(39, 19, -1)]]
-    prices = ["40,123.5", "0.00000123"]
+    prices = ["40,123.50", "0.00000123"]
     expected = {"T1": ["1.08213", *prices], "T11": ["0.00000123", *prices]}
 
     def shown():
@@ -179,6 +183,19 @@ def test_the_dashboard_follows_the_data(database, start, visit):
     tab.after(grid.get_by_text("T11", exact=True).click)
     for panel, title in (("candles", "T11, two-second candles"), ("historyClose", "T11 history")):
         assert config(tab, panel, "filter", "title") == [[["ticker", "==", "T11"]], title]
+
+
+def test_an_axis_comes_back_when_an_odd_price_is_gone(database, start, visit):
+    database.fill(2000)
+    tab = visit(start(Server, "--dsn", database.dsn).url, "waiting")
+    marks = coloured(tab.wait_for_marks("candles"))
+    database.command(
+        "INSERT INTO stock_values SELECT max(timestamp), 'AAPL.N', 'Moe', 1e5, 1e5, 1e5, 1e5, 1,"
+        " today() FROM stock_values"
+    )
+    wait_until(lambda: coloured(tab.picture("candles")) < marks / 4, "flat candles")
+    database.command("DELETE FROM stock_values WHERE high = 1e5")
+    wait_until(lambda: coloured(tab.picture("candles")) > marks / 2, "candles as before")
 
 
 def test_prices_flash_when_they_change(site, visit):
