@@ -380,6 +380,8 @@ def decoded(arrow):
             column = column.cast(pyarrow.timestamp("ms")).cast(pyarrow.int64())
         elif pyarrow.types.is_date(column.type):
             column = column.cast(pyarrow.date32()).cast(pyarrow.int32())
+        elif pyarrow.types.is_float32(column.type):  # viewers get 187.79, not 187.7899932861328
+            column = column.cast(pyarrow.string()).cast(pyarrow.float64())
         columns[name] = column.to_pylist()
     return [
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
@@ -387,9 +389,8 @@ def decoded(arrow):
 
 
 def as_tick(row):
-    """A row as a tuple in the order of COLUMNS; prices with the seven digits of a Float32."""
-    values = map(row.get, COLUMNS)
-    return tuple(float(f"{v:.7g}") if isinstance(v, float) else v for v in values)
+    """A row as a tuple in the order of COLUMNS."""
+    return tuple(row.get(name) for name in COLUMNS)
 
 
 def counted(arrow):

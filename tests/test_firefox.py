@@ -1,5 +1,7 @@
 """One start in Firefox: another engine, layout and graphics than Chromium's."""
 
+import contextlib
+import functools
 import json
 import os
 import shutil
@@ -20,6 +22,10 @@ return {
     notice: document.querySelector("#notice")?.textContent,
     rows: panel("newestTicks")?.shadowRoot?.querySelector("tbody")?.textContent,
 };"""
+
+
+class MarionetteError(Exception):
+    """Firefox refuses a command."""
 
 
 class Firefox:
@@ -67,11 +73,12 @@ class Firefox:
         return json.loads(self.file.read(int(size)))
 
     def do(self, name, **parameters):
-        """Send a command; returns its result."""
+        """Send a command; returns its result. Raises MarionetteError."""
         command = json.dumps([0, 1, f"WebDriver:{name}", parameters]).encode()
         self.socket.sendall(b"%d:%b" % (len(command), command))
         _, _, error, result = self.receive()
-        assert error is None, error
+        if error:
+            raise MarionetteError(error)
         return result
 
     def evaluate(self, script):
@@ -118,9 +125,14 @@ def test_the_page_goes_live_in_firefox_and_follows_while_it_is_hidden(site, fire
     before = wait_until(is_live, lambda: firefox.evaluate(STATE), seconds=120)
     assert before["notice"] == ""
     wait_until(lambda: is_live()["rows"] != before["rows"], "other rows")
+
+    def has_marks(panel):
+        with contextlib.suppress(MarionetteError):  # the panel has no size yet
+            return coloured(firefox.picture(panel)) > 500
+
     for panel in CHARTS:
         firefox.click(f"perspective-viewer-tab[slot=tab-{panel}]")
-        wait_until(lambda panel=panel: coloured(firefox.picture(panel)) > 500, f"marks in {panel}")
+        wait_until(functools.partial(has_marks, panel), f"marks in {panel}")
 
     page = firefox.do("GetWindowHandle")["value"]
     firefox.do("NewWindow", type="tab", focus=True)

@@ -68,7 +68,9 @@ def drawn(seed, rows, batches):
     market, ticks = producer.Market(seed), collections.Counter()
     for _ in range(batches):
         batch = market.draw(rows, 0, 1000)
-        ticks.update(zip(*(np.asarray(column).tolist() for column in batch[1:8]), strict=True))
+        prices = [[float(str(price)) for price in column] for column in batch[3:7]]
+        columns = [*map(list, batch[1:3]), *prices, batch[7].tolist()]
+        ticks.update(zip(*columns, strict=True))
     return ticks
 
 
