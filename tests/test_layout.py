@@ -408,3 +408,8 @@ def test_everybody_can_use_it(site, visit):
         tab.select(panel)
         tab.wait_for_cells(panel)
         assert max(page.locator(f"perspective-viewer > [slot={panel}]").evaluate(ends)) <= 390
+    page.set_viewport_size({"width": 720, "height": 450})  # a laptop at 200 % zoom
+    with tab.loaded_anew():
+        page.click("#reset")
+    tab.wait_for_cells("tickers")
+    assert page.locator("perspective-viewer > [slot=candles]").bounding_box()["height"] > 150
