@@ -300,8 +300,8 @@ def test_viewers_agree_after(followed, change):
 @pytest.mark.alone
 def test_a_long_mutation_neither_stops_the_ticks_nor_reloads_at_each_poll(table, start):
     table.command(f"{ALTER} MODIFY SETTING max_bytes_to_merge_at_max_space_in_pool = 1")
-    for _ in range(40):
-        table.insert(100, now_ms() - HOUR)
+    for _ in range(200):
+        table.insert(20, now_ms() - HOUR)
     _, [mirror] = follow(start, table.dsn)
     script = start(Script, "producer.py", "--dsn", table.dsn, "--rows", 10, "--interval", 0.1)
     mirror.wait_for_more(100)
