@@ -539,7 +539,6 @@ VALUE_SQL = {
     r"Bool|U?Int(8|16|32)\b": "{0}",
     r"Date(32)?\b": "toDate32({0})",  # ClickHouse before 26.2 writes a Date as a number
     r"DateTime": "toDateTime64({0}, 3, 'UTC')",
-    r"Float32": "toFloat64(toString(if(isFinite({0}), {0}, NULL)))",  # so 187.79 stays 187.79
     r"Float": "if(isFinite({0}), {0}, NULL)",
     r"BFloat|Decimal": "if(isFinite(toFloat64({0})), toFloat64({0}), NULL)",
 }
@@ -966,7 +965,7 @@ CHANGED_CONDITION = f"""AND t.timestamp >= fromUnixTimestamp64Milli(intDiv((
             SELECT minOrNull(toUnixTimestamp64Milli(t.timestamp)) FROM {{source}} AS t
             WHERE {PLAUSIBLE_TIME} AND t._block_number > {{cursor}}
         ), {{step}}) * {{step}}, 'UTC')"""
-# As in VALUE_SQL: 187.79 of a Float32 must not become 187.7899932861328.
+# toString keeps 187.79 of a Float32 from becoming 187.7899932861328.
 OHLCV_COLUMNS = """toFloat64(toString(argMin(t.open, t.arrival))) AS open,
             toFloat64(toString(max(t.high))) AS high,
             toFloat64(toString(min(t.low))) AS low,

@@ -380,8 +380,6 @@ def decoded(arrow):
             column = column.cast(pyarrow.timestamp("ms")).cast(pyarrow.int64())
         elif pyarrow.types.is_date(column.type):
             column = column.cast(pyarrow.date32()).cast(pyarrow.int32())
-        elif pyarrow.types.is_float32(column.type):  # viewers get 187.79, not 187.7899932861328
-            column = column.cast(pyarrow.string()).cast(pyarrow.float64())
         columns[name] = column.to_pylist()
     return [
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)

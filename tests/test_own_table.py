@@ -24,7 +24,6 @@ LIMIT = 40  # rows in the window: fewer than the tests insert
 PLAIN = "{}"
 NUMBER = "toFloat64({})"
 FINITE = "if(isFinite({0}), toFloat64({0}), NULL)"
-SINGLE = "if(isFinite({0}), toFloat64(toString({0})), NULL)"  # 20.1, and not 20.100000381469727
 TEXT = "toString({})"
 UTF8 = "replaceAll(toValidUTF8(toString({})), char(0), '\ufffd')"  # what is no text: \ufffd
 TIME = "toUnixTimestamp64Milli(toDateTime64({}, 3))"  # ms since 1970
@@ -79,7 +78,7 @@ SCHEMAS = {
         "floor": ("LowCardinality(Nullable(Int16))", PLAIN, "[-1, NULL, 300][n % 3 + 1]"),
         "since": ("LowCardinality(Date)", DAY, "toDate('2024-06-01') + n"),
         "indoors": ("LowCardinality(Bool)", PLAIN, "n % 2"),
-        "temperature": ("Nullable(Float32)", SINGLE, "[20.1, NULL, nan, -inf][n % 4 + 1]"),
+        "temperature": ("Nullable(Float32)", FINITE, "[20.1, NULL, nan, -inf][n % 4 + 1]"),
         "humidity": ("Nullable(Decimal(5, 2))", NUMBER, "[40.25, NULL][n % 2 + 1]"),
         "pressure": ("Float64", FINITE, "1 / (n % 5) + 0.1"),
         "working": ("Nullable(Bool)", PLAIN, "[true, false, NULL][n % 3 + 1]"),
@@ -107,7 +106,7 @@ SCHEMAS = {
     },
     "a hundred columns": {
         f"column_{i}": [
-            ("Float32", SINGLE, f"n / {i + 1}"),
+            ("Float32", FINITE, f"n / {i + 1}"),
             ("Int16", PLAIN, f"n - {i}"),
             ("String", TEXT, f"'{i} ' || toString(n)"),
             ("DateTime", TIME, f"{HOUR} + {i}"),

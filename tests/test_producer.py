@@ -68,9 +68,7 @@ def drawn(seed, rows, batches):
     market, ticks = producer.Market(seed), collections.Counter()
     for _ in range(batches):
         batch = market.draw(rows, 0, 1000)
-        prices = [[float(str(price)) for price in column] for column in batch[3:7]]
-        columns = [*map(list, batch[1:3]), *prices, batch[7].tolist()]
-        ticks.update(zip(*columns, strict=True))
+        ticks.update(zip(*(np.asarray(column).tolist() for column in batch[1:8]), strict=True))
     return ticks
 
 

@@ -33,9 +33,8 @@ from proxy import Proxy
 
 import producer
 
-PRICES_SQL = ", ".join(f"toFloat64(toString({name}))" for name in ("open", "high", "low", "close"))
-COLUMNS_SQL = f"""toUnixTimestamp64Milli(timestamp) AS timestamp, ticker, client, {PRICES_SQL},
-    volume, toUInt16(date) AS date"""
+COLUMNS_SQL = """toUnixTimestamp64Milli(timestamp) AS timestamp, ticker, client, open, high, low,
+    close, volume, toUInt16(date) AS date"""
 
 
 def newest(database, limit=25_000):
