@@ -297,9 +297,8 @@ def test_every_fault_on_the_way_is_survived(produce, database, proxy):
     until_printed(script, "ClickHouse is back", before + 1)
     enough = database.count() + 40_000
     wait_until(lambda: database.count() > enough)
-    wait_until(
-        lambda: len({*outages()}) == 1
-    )  # one line each; a slow machine may have more of them
+    # One line each; a slow machine may have more of them.
+    wait_until(lambda: len({*outages()}) == 1)
     assert script.stop() == 0
     assert stored(database) == drawn(11, 4000, written(script) // 4000)
     # No tick was drawn meanwhile, so nothing piles up and no tick is older than its batch.
